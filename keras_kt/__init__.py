@@ -1,0 +1,49 @@
+"""Linear-time attention with learned kernels, for Keras 3 on TensorFlow."""
+
+import keras
+
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        "keras_kt needs the TensorFlow backend of Keras. Received: backend "
+        f"{keras.backend.backend()!r}. Set the environment variable "
+        "KERAS_BACKEND=tensorflow before Keras is imported."
+    )
+
+from keras_kt import kernels
+from keras_kt.attention import KernelizedAttention
+from keras_kt.feature_maps import (
+    FeatureMap,
+    PositiveFeatures,
+    TrigonometricFeatures,
+)
+from keras_kt.linear_attention import AttentionState
+from keras_kt.spectral_priors import (
+    DistributionPrior,
+    FastFoodPrior,
+    Frequencies,
+    GeneratorPrior,
+    MixturePrior,
+    NormalPrior,
+    SpectralPrior,
+)
+from keras_kt.systems import PAPER_SYSTEMS, paper_system
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PAPER_SYSTEMS",
+    "AttentionState",
+    "DistributionPrior",
+    "FastFoodPrior",
+    "FeatureMap",
+    "Frequencies",
+    "GeneratorPrior",
+    "KernelizedAttention",
+    "MixturePrior",
+    "NormalPrior",
+    "PositiveFeatures",
+    "SpectralPrior",
+    "TrigonometricFeatures",
+    "kernels",
+    "paper_system",
+]

@@ -1,0 +1,962 @@
+"""KernelizedAttention: MultiHeadAttention's contract at O(length) cost.
+
+Projections, masks and the redraw policy live here; what is computed lives in
+`feature_maps` and `linear_attention`. Inside, tensors are
+`(batch, heads, length, head_dim)`; other attention axes are folded into the
+batch or the length.
+"""
+
+import math
+import string
+import warnings
+
+import keras
+import tensorflow as tf
+
+from keras_kt import feature_maps, linear_attention, spectral_priors
+
+IMPLEMENTATIONS = ("auto", "linear", "quadratic")
+REDRAWS = ("never", "step")
+
+
+@keras.saving.register_keras_serializable(package="keras_kt")
+class KernelizedAttention(keras.layers.Layer):
+    """Multi-head attention with a learned kernel, in time linear in length.
+
+    Takes the place of `keras.layers.MultiHeadAttention`: same arguments, same
+    call, same weights first. Weights of keys are k(q, k) / Σ k(q, ·) with
+    k(x, y) = E[φ_ω(x)·φ_ω(y)], ω drawn from a trainable spectral prior; the
+    matrix is never formed.
+
+    Masked keys leave numerator and normaliser by selection, so their content
+    (NaN too) has no effect. Masked queries, and queries that see no key, get a
+    zero context (the output bias). True keeps in every mask.
+
+    Args:
+        num_heads: number of attention heads.
+        key_dim: size of each head for query and key.
+        value_dim: size of each head for value. Defaults to `key_dim`.
+        dropout: rate of dropout on the heads' outputs (there is no matrix to
+            drop weights from).
+        use_bias: whether the projections have biases.
+        output_shape: shape of an output token. Defaults to the query's.
+        attention_axes: axes that are attended over. Defaults to all but batch
+            and features.
+        sliding_window: as in `MultiHeadAttention`; costs O(length²) here.
+        flash_attention: accepted for compatibility; there is nothing to turn
+            on, since memory is linear without it.
+        kernel_initializer, bias_initializer, kernel_regularizer,
+        bias_regularizer, activity_regularizer, kernel_constraint,
+        bias_constraint, use_gate: of the projections, as in
+            `MultiHeadAttention`.
+        seed: integer seed of the stored draw, of redraws and of dropout.
+            Defaults to `None`, which means one from Keras's global generator.
+        spectral_prior: `"normal"` (default), `"mixture"`, `"fastfood"`,
+            `"generator"`, or an instance of a `SpectralPrior`. An instance is a
+            recipe; the built copy is `layer.spectral_prior`.
+        feature_map: `"positive"` (default; also `"prf"`), `"trigonometric"`
+            (also `"rks"`), or an instance of a `FeatureMap`.
+        num_features: D, the width of φ per head. Defaults to `None`, which
+            means one whole block of orthogonal frequencies for each component
+            of the prior: 2 · key_dim · components.
+        qk_norm: `None` (default) scales queries and keys by key_dim^(-1/4)
+            each, as `MultiHeadAttention` does; `"l2"` normalises them and
+            learns a temperature per head, which bounds the logits.
+        redraw: `"never"` (default): one stored draw of the base noise, a
+            weight. `"step"`: fresh noise at every training step; inference,
+            saving and decoding still use the stored draw.
+        implementation: `"auto"` (default) is linear, except where a call needs
+            the matrix (a dense `attention_mask`, `return_attention_scores`,
+            `sliding_window`). `"linear"` refuses those. `"quadratic"` always
+            forms the matrix of the same estimate.
+
+    Call arguments:
+        query: `(batch, query_length, features)`.
+        value: `(batch, key_length, features)`.
+        key: `(batch, key_length, features)`. Defaults to `value`.
+        query_mask, value_mask, key_mask: `(batch, length)` boolean. Default to
+            the Keras masks of the tensors.
+        attention_mask: boolean, broadcast to `(batch, heads, query_length,
+            key_length)` as in `MultiHeadAttention`. Costs O(length²).
+        return_attention_scores: also return the attention weights.
+        training: whether to apply dropout and redraws.
+        use_causal_mask: query t sees keys 0 … t only; stays linear.
+
+    Returns:
+        `(batch, query_length, output_dim)`, and the weights
+        `(batch, heads, query_length, key_length)` if asked for.
+
+    Example:
+
+    >>> x = np.random.normal(size=(2, 100, 32)).astype("float32")
+    >>> layer = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
+    >>> layer(x, x, use_causal_mask=True).shape
+    TensorShape([2, 100, 32])
+    >>> state = layer.initial_state(batch_size=2)
+    >>> output, state = layer.step(x[:, :1], state)
+    >>> output.shape
+    TensorShape([2, 1, 32])
+
+    References:
+        Chowdhury et al., "On Learning the Transformer Kernel",
+        arXiv 2110.08323.
+    """
+
+    def __init__(
+        self,
+        num_heads,
+        key_dim,
+        value_dim=None,
+        dropout=0.0,
+        use_bias=True,
+        output_shape=None,
+        attention_axes=None,
+        sliding_window=None,
+        flash_attention=None,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        activity_regularizer=None,
+        kernel_constraint=None,
+        bias_constraint=None,
+        use_gate=False,
+        seed=None,
+        *,
+        spectral_prior="normal",
+        feature_map="positive",
+        num_features=None,
+        qk_norm=None,
+        redraw="never",
+        implementation="auto",
+        **kwargs,
+    ):
+        _check_positive("num_heads", num_heads)
+        _check_positive("key_dim", key_dim)
+        _check_positive("value_dim", value_dim, optional=True)
+        _check_positive("num_features", num_features, optional=True)
+        if sliding_window is not None and (
+            not isinstance(sliding_window, int) or sliding_window <= 0
+        ):
+            raise ValueError(
+                "`sliding_window` must be `None` or a positive integer. "
+                f"Received: sliding_window={sliding_window}"
+            )
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(
+                "`dropout` must be a number in [0, 1). "
+                f"Received: dropout={dropout}"
+            )
+        _check_choice("qk_norm", qk_norm, (None, "l2"))
+        _check_choice("redraw", redraw, REDRAWS)
+        _check_choice("implementation", implementation, IMPLEMENTATIONS)
+        if flash_attention:
+            warnings.warn(
+                "`flash_attention` has no effect on KernelizedAttention, whose "
+                "memory is linear in length without it.",
+                stacklevel=2,
+            )
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.num_heads = num_heads
+        self.key_dim = key_dim
+        self.value_dim = value_dim or key_dim
+        self.dropout = dropout
+        self.use_bias = use_bias
+        # Not a public attribute: Functional models have one of that name.
+        self._output_shape = _as_shape(output_shape)
+        self._attention_axes = _as_axes(attention_axes)
+        self.sliding_window = sliding_window
+        self._sliding_window = sliding_window
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.projection_activity_regularizer = keras.regularizers.get(
+            activity_regularizer
+        )
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.bias_constraint = keras.constraints.get(bias_constraint)
+        self.use_gate = use_gate
+        self.seed = seed
+        self._recipes = _Recipes(
+            spectral_priors.get(spectral_prior), feature_maps.get(feature_map)
+        )
+        self.num_features = num_features
+        self.qk_norm = qk_norm
+        self.redraw = redraw
+        self.implementation = implementation
+        self._resolve_num_features()
+        self._warned_of_dense_mask = False
+
+    @property
+    def attention_axes(self):
+        return self._attention_axes
+
+    @property
+    def spectral_prior(self):
+        """The built prior; before `build`, the recipe."""
+        return getattr(self, "_spectral_prior", self._recipes.spectral_prior)
+
+    @property
+    def feature_map(self):
+        """The built feature map; before `build`, the recipe."""
+        return getattr(self, "_feature_map", self._recipes.feature_map)
+
+    @property
+    def query_dense(self):
+        return self._query_dense
+
+    @property
+    def key_dense(self):
+        return self._key_dense
+
+    @property
+    def value_dense(self):
+        return self._value_dense
+
+    @property
+    def output_dense(self):
+        return self._output_dense
+
+    def _resolve_num_features(self):
+        """Returns `(num_features, num_frequencies)`, or says what is wrong."""
+        prior, feature_map = self.spectral_prior, self.feature_map
+        feature_map.validate(prior)
+        num_features = self.num_features
+        if num_features is None:
+            num_features = feature_map.default_num_features(prior, self.key_dim)
+        num_frequencies = feature_map.num_frequencies(num_features)
+        prior.validate(num_frequencies, num_features)
+        return num_features, num_frequencies
+
+    def build(self, query_shape, value_shape, key_shape=None):
+        key_shape = value_shape if key_shape is None else key_shape
+        _check_shapes(query_shape, value_shape, key_shape)
+        rank = len(query_shape)
+        if len(value_shape) != rank:
+            raise ValueError(
+                "`query` and `value` must have the same rank. Received: "
+                f"query_shape={tuple(query_shape)} and "
+                f"value_shape={tuple(value_shape)}"
+            )
+        if self._attention_axes is None:
+            self._attention_axes = tuple(range(1, rank - 1))
+        self._attention_axes = tuple(
+            axis if axis >= 0 else rank + axis for axis in self._attention_axes
+        )
+        heads_in = (self.num_heads, self.key_dim)
+        heads_out = (self.num_heads, self.value_dim)
+        self._query_dense = self._project("query", query_shape, heads_in)
+        self._key_dense = self._project("key", key_shape, heads_in)
+        if self.use_gate:
+            self._gate_dense = self._project(
+                "gate", query_shape, heads_out, activation="sigmoid"
+            )
+        self._value_dense = self._project("value", value_shape, heads_out)
+        self._dropout_layer = keras.layers.Dropout(
+            self.dropout, dtype=self.dtype_policy, seed=self.seed
+        )
+        self._output_dense = self._project(
+            "attention_output",
+            (*query_shape[:-1], *heads_out),
+            self._output_shape or (query_shape[-1],),
+            bound=2,
+        )
+        self._build_kernel()
+        self.built = True
+
+    def _build_kernel(self):
+        """Builds what makes the kernel; last, so that MHA's weights lead."""
+        # The draw, the parameters and dropout each need a stream of their own.
+        offset = None if self.seed is None else self.seed + 1
+        self._spectral_prior = self._recipes.prior_copy(offset)
+        self._feature_map = self._recipes.feature_map_copy()
+        self._num_features, num_frequencies = self._resolve_num_features()
+        self._spectral_prior.build(
+            (self.num_heads, num_frequencies, self.key_dim)
+        )
+        self._feature_map.build(self.num_heads)
+        # Some priors know only now whether they have what the map needs.
+        self._feature_map.validate(self._spectral_prior)
+        if self.qk_norm:
+            self._qk_norm = _UnitNorm(name="qk_norm")
+            self._qk_norm.build(self.num_heads)
+        if self.redraw == "step":
+            self._redraw_seed = keras.random.SeedGenerator(self.seed)
+
+    def _project(self, name, input_shape, output_shape, bound=1, **kwargs):
+        letters = string.ascii_lowercase
+        free = len(input_shape) - bound
+        inputs = letters[: free + bound]
+        outputs = letters[free + bound : free + bound + len(output_shape)]
+        equation = (
+            f"{inputs},{inputs[free:]}{outputs}->{inputs[:free]}{outputs}"
+        )
+        layer = keras.layers.EinsumDense(
+            equation,
+            output_shape=(*[None] * (free - 1), *output_shape),
+            bias_axes=outputs if self.use_bias else None,
+            name=name,
+            kernel_initializer=self.kernel_initializer.clone(),
+            bias_initializer=self.bias_initializer.clone(),
+            kernel_regularizer=self.kernel_regularizer,
+            bias_regularizer=self.bias_regularizer,
+            activity_regularizer=self.projection_activity_regularizer,
+            kernel_constraint=self.kernel_constraint,
+            bias_constraint=self.bias_constraint,
+            dtype=self.dtype_policy,
+            **kwargs,
+        )
+        layer.build(tuple(input_shape))
+        return layer
+
+    def call(
+        self,
+        query,
+        value,
+        key=None,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        return_attention_scores=False,
+        training=None,
+        use_causal_mask=False,
+    ):
+        key = value if key is None else key
+        _check_batches(query, value, key)
+        if query_mask is None:
+            query_mask = getattr(query, "_keras_mask", None)
+        # Handled here: the projections would only warn that they lose them.
+        for tensor in (query, value, key):
+            _set_keras_mask(tensor, None)
+        output, scores = self._attend(
+            query,
+            value,
+            key,
+            query_mask=query_mask,
+            key_mask=_both(value_mask, key_mask),
+            attention_mask=attention_mask,
+            training=training,
+            return_attention_scores=return_attention_scores,
+            use_causal_mask=use_causal_mask,
+        )
+        if query_mask is not None:
+            _set_keras_mask(output, query_mask)
+        if return_attention_scores:
+            return output, scores
+        return output
+
+    def _attend(self, query, value, key, *, query_mask, key_mask, **kwargs):
+        if query_mask is not None:
+            query = _select_rows(query, query_mask)
+        if key_mask is not None:
+            same = key is value
+            value = _select_rows(value, key_mask)
+            key = value if same else _select_rows(key, key_mask)
+        heads, scores = self._compute_attention(
+            self._query_dense(query),
+            self._key_dense(key),
+            self._value_dense(value),
+            query_mask=query_mask,
+            key_mask=key_mask,
+            **kwargs,
+        )
+        return self._project_heads(heads, query, kwargs["training"]), scores
+
+    def _project_heads(self, heads, query, training):
+        if self.dropout:
+            heads = self._dropout_layer(heads, training=training)
+        if self.use_gate:
+            heads = heads * self._gate_dense(query)
+        return self._output_dense(heads)
+
+    def _compute_attention(
+        self,
+        query,
+        key,
+        value,
+        attention_mask=None,
+        training=None,
+        return_attention_scores=False,
+        use_causal_mask=False,
+        query_mask=None,
+        key_mask=None,
+    ):
+        """Attention of projected heads; MultiHeadAttention's override point.
+
+        Args:
+            query: `(batch, query_length, heads, key_dim)`.
+            key: `(batch, key_length, heads, key_dim)`.
+            value: `(batch, key_length, heads, value_dim)`.
+            attention_mask: dense mask, or `None`.
+            training, return_attention_scores, use_causal_mask: as in `call`.
+            query_mask, key_mask: `(batch, length)` masks that stay vectors.
+
+        Returns:
+            `(batch, query_length, heads, value_dim)`, and the weights or
+            `None`.
+        """
+        axes = self._attention_axes
+        if len(axes) > 1 and (use_causal_mask or self.sliding_window):
+            raise ValueError(
+                "`use_causal_mask` and `sliding_window` need an order of "
+                "positions, so a single attention axis. Received: "
+                f"attention_axes={axes}. Flatten the axes, or pass an "
+                "`attention_mask`."
+            )
+        folding = _Folding(query, value, axes)
+        needs_matrix = self._needs_matrix(
+            attention_mask, return_attention_scores
+        )
+        if attention_mask is not None:
+            attention_mask = folding.fold_dense_mask(attention_mask)
+        if self.sliding_window is not None:
+            band = folding.band(self.sliding_window)
+            attention_mask = _both(attention_mask, band)
+        folded_key_mask = folding.fold_mask(key_mask, "value_mask", value)
+        q, k, feature_map = self._kernel_inputs(
+            folding.fold(query), folding.fold(key), training
+        )
+        v = tf.cast(folding.fold(value), tf.float32)
+        scores = None
+        if needs_matrix:
+            heads, scores = linear_attention.quadratic(
+                q,
+                k,
+                v,
+                feature_map,
+                key_mask=folded_key_mask,
+                attention_mask=attention_mask,
+                use_causal_mask=use_causal_mask,
+            )
+        elif use_causal_mask:
+            k, v, folded_key_mask = _match_length(q, k, v, folded_key_mask)
+            heads, _ = linear_attention.causal(
+                q, k, v, feature_map, key_mask=folded_key_mask
+            )
+        else:
+            heads = linear_attention.bidirectional(
+                q, k, v, feature_map, key_mask=folded_key_mask
+            )
+        folded_query_mask = folding.fold_mask(query_mask, "query_mask", query)
+        if folded_query_mask is not None:
+            rows = folded_query_mask[:, tf.newaxis, :, tf.newaxis]
+            heads = tf.where(rows, heads, 0.0)
+            if scores is not None:
+                scores = tf.where(rows, scores, 0.0)
+        heads = folding.unfold(tf.cast(heads, self.compute_dtype))
+        if not return_attention_scores:
+            return heads, None
+        scores = tf.cast(scores, self.compute_dtype)
+        return heads, folding.unfold_scores(scores)
+
+    def _needs_matrix(self, attention_mask, return_attention_scores):
+        if self.implementation == "quadratic":
+            return True
+        dense = {
+            "a dense `attention_mask`": attention_mask is not None,
+            "`return_attention_scores=True`": return_attention_scores,
+            "`sliding_window`": self.sliding_window is not None,
+        }
+        reasons = [name for name, present in dense.items() if present]
+        if not reasons:
+            return False
+        alternatives = (
+            "Padding masks (`query_mask`, `value_mask`, `key_mask`, or the "
+            "Keras masks of the inputs) and `use_causal_mask=True` stay linear."
+        )
+        if self.implementation == "linear":
+            raise ValueError(
+                f"{' and '.join(reasons)} needs the attention matrix, which "
+                'implementation="linear" never forms. Use '
+                'implementation="auto" to allow O(length²) for such calls. '
+                f"{alternatives}"
+            )
+        if not return_attention_scores and not self._warned_of_dense_mask:
+            self._warned_of_dense_mask = True
+            warnings.warn(
+                f"{' and '.join(reasons)} costs O(length²) time and memory in "
+                f"KernelizedAttention. {alternatives}",
+                stacklevel=2,
+            )
+        return True
+
+    def _kernel_inputs(self, query, key, training=False):
+        """Scaled queries and keys, float32, and the bound feature map."""
+        query = tf.cast(query, tf.float32)
+        key = tf.cast(key, tf.float32)
+        if self.qk_norm:
+            query, key = self._qk_norm(query), self._qk_norm(key)
+        else:
+            scale = self.key_dim**-0.25
+            query, key = query * scale, key * scale
+        seed = None
+        if training and self.redraw == "step":
+            seed = self._redraw_seed.next()
+            seed = tf.cast(seed, tf.int64) % (2**31 - 1)
+            seed = tf.cast(seed, tf.int32)
+        frequencies = self._spectral_prior(seed=seed)
+        return query, key, self._feature_map.bind(frequencies)
+
+    def initial_state(self, batch_size):
+        """The state of a causal stream that has seen nothing.
+
+        Args:
+            batch_size: number of streams, an integer or a scalar tensor.
+
+        Returns:
+            `AttentionState` of float32 tensors. Needs no built layer.
+        """
+        num_features, _ = self._resolve_num_features()
+        return linear_attention.initial_state(
+            batch_size,
+            self.num_heads,
+            self.feature_map.feature_dim(num_features),
+            self.value_dim,
+        )
+
+    def step(self, query, state, value=None, key=None, value_mask=None):
+        """Causal attention of new tokens on a state: prefill and decode.
+
+        Equals `call(..., use_causal_mask=True)` on the whole sequence, however
+        it is cut. The stored draw is used, and no dropout.
+
+        Args:
+            query: `(batch, new_tokens, features)`, at least one new token.
+            state: `AttentionState` from `initial_state` or an earlier `step`.
+            value: `(batch, new_tokens, features)`. Defaults to `query`.
+            key: likewise. Defaults to `value`.
+            value_mask: `(batch, new_tokens)` boolean; masked tokens leave the
+                state as it is.
+
+        Returns:
+            `(batch, new_tokens, output_dim)` and the new state, whose size does
+            not depend on how many tokens came before.
+        """
+        value = query if value is None else value
+        key = value if key is None else key
+        query, value, key = (
+            tf.convert_to_tensor(x, self.compute_dtype)
+            if not tf.is_tensor(x)
+            else x
+            for x in (query, value, key)
+        )
+        if not self.built:
+            self.build(query.shape, value.shape, key.shape)
+        self._check_step(query, value, key, state)
+        if value_mask is not None:
+            same = key is value
+            value = _select_rows(value, value_mask)
+            key = value if same else _select_rows(key, value_mask)
+            value_mask = tf.cast(value_mask, "bool")
+        folding = _Folding(query, value, self._attention_axes)
+        q, k, feature_map = self._kernel_inputs(
+            folding.fold(self._query_dense(query)),
+            folding.fold(self._key_dense(key)),
+        )
+        heads, state = linear_attention.step(
+            q,
+            k,
+            tf.cast(folding.fold(self._value_dense(value)), tf.float32),
+            feature_map,
+            state,
+            key_mask=value_mask,
+        )
+        heads = folding.unfold(tf.cast(heads, self.compute_dtype))
+        return self._project_heads(heads, query, training=False), state
+
+    def _check_step(self, query, value, key, state):
+        if len(query.shape) != 3 or self.sliding_window is not None:
+            raise ValueError(
+                "`step` streams one causal axis: it needs inputs of rank 3 and "
+                "no `sliding_window`. Received: query of shape "
+                f"{tuple(query.shape)}, sliding_window={self.sliding_window}"
+            )
+        lengths = {x.shape[1] for x in (query, value, key)} - {None}
+        if len(lengths) > 1:
+            raise ValueError(
+                "`step` is causal: every new query comes with its own new key "
+                "and value, so their lengths must be equal. Received: query of "
+                f"shape {tuple(query.shape)}, value of shape "
+                f"{tuple(value.shape)} and key of shape {tuple(key.shape)}. "
+                "For attention without causality (to an encoder's output, say) "
+                "call the layer itself."
+            )
+        if not isinstance(state, linear_attention.AttentionState):
+            try:
+                state = linear_attention.AttentionState(*state)
+            except TypeError:
+                raise ValueError(
+                    "`state` must be an AttentionState, from `initial_state` "
+                    f"or an earlier `step`. Received: state={state}"
+                ) from None
+        batches = {query.shape[0], state.sums.shape[0]} - {None}
+        if len(batches) > 1:
+            raise ValueError(
+                "`state` must have the batch size of the new tokens. Received: "
+                f"a state of batch size {state.sums.shape[0]} and query of "
+                f"shape {tuple(query.shape)}. Start a stream of another batch "
+                "size with `initial_state(batch_size)`."
+            )
+
+    def compute_output_shape(self, query_shape, value_shape, key_shape=None):
+        key_shape = value_shape if key_shape is None else key_shape
+        _check_shapes(query_shape, value_shape, key_shape)
+        if self._output_shape:
+            return (*query_shape[:-1], *self._output_shape)
+        return tuple(query_shape)
+
+    def compute_output_spec(
+        self,
+        query,
+        value,
+        key=None,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        return_attention_scores=False,
+        training=None,
+        use_causal_mask=False,
+    ):
+        _check_batches(query, value, value if key is None else key)
+        shape = self.compute_output_shape(
+            query.shape, value.shape, None if key is None else key.shape
+        )
+        output = keras.KerasTensor(shape, dtype=self.compute_dtype)
+        if not return_attention_scores:
+            return output
+        rank = len(query.shape)
+        axes = self._attention_axes or tuple(range(1, rank - 1))
+        axes = tuple(axis % rank for axis in axes)
+        free = [axis for axis in range(rank - 1) if axis not in axes]
+        scores = (
+            *(query.shape[axis] for axis in free),
+            self.num_heads,
+            *(query.shape[axis] for axis in axes),
+            *(value.shape[axis] for axis in axes),
+        )
+        return output, keras.KerasTensor(scores, dtype=self.compute_dtype)
+
+    def get_config(self):
+        serialize = keras.saving.serialize_keras_object
+        return {
+            **super().get_config(),
+            "num_heads": self.num_heads,
+            "key_dim": self.key_dim,
+            "value_dim": self.value_dim,
+            "dropout": self.dropout,
+            "use_bias": self.use_bias,
+            "output_shape": self._output_shape,
+            "attention_axes": self._attention_axes,
+            "sliding_window": self.sliding_window,
+            "kernel_initializer": serialize(self.kernel_initializer),
+            "bias_initializer": serialize(self.bias_initializer),
+            "kernel_regularizer": serialize(self.kernel_regularizer),
+            "bias_regularizer": serialize(self.bias_regularizer),
+            "activity_regularizer": serialize(
+                self.projection_activity_regularizer
+            ),
+            "kernel_constraint": serialize(self.kernel_constraint),
+            "bias_constraint": serialize(self.bias_constraint),
+            "use_gate": self.use_gate,
+            "seed": self.seed,
+            "spectral_prior": serialize(self._recipes.spectral_prior),
+            "feature_map": serialize(self._recipes.feature_map),
+            "num_features": self.num_features,
+            "qk_norm": self.qk_norm,
+            "redraw": self.redraw,
+            "implementation": self.implementation,
+        }
+
+
+class _Recipes:
+    """The prior and map as given; not a container that Keras would track."""
+
+    def __init__(self, spectral_prior, feature_map):
+        self.spectral_prior = spectral_prior
+        self.feature_map = feature_map
+
+    def prior_copy(self, seed):
+        config = self.spectral_prior.get_config()
+        config["name"] = "spectral_prior"
+        if config["seed"] is None:
+            config["seed"] = seed
+        return type(self.spectral_prior).from_config(config)
+
+    def feature_map_copy(self):
+        config = self.feature_map.get_config()
+        config["name"] = "feature_map"
+        return type(self.feature_map).from_config(config)
+
+
+class _UnitNorm(keras.layers.Layer):
+    """√τ x/|x| with a learned temperature τ per head, 1 at the start."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**{**kwargs, "dtype": "float32"})
+
+    def build(self, num_heads):
+        self.raw_temperature = self.add_weight(
+            name="temperature",
+            shape=(int(num_heads), 1, 1),
+            initializer=keras.initializers.Constant(math.log(math.e - 1)),
+            autocast=False,
+        )
+        self.built = True
+
+    @property
+    def temperature(self):
+        return tf.nn.softplus(tf.convert_to_tensor(self.raw_temperature))
+
+    def call(self, x):
+        return tf.math.l2_normalize(x, axis=-1) * tf.sqrt(self.temperature)
+
+
+class _Folding:
+    """To and from `(batch, heads, length, dim)` for any attention axes.
+
+    Attention axes are flattened to the length; the other axes join the batch.
+    """
+
+    def __init__(self, query, value, axes):
+        # Ranks of projected tensors (two axes for heads) and of inputs agree on
+        # the axes before.
+        last = max(axes) + 1
+        self.axes = axes
+        self.ndim = max(last, _positions(query))
+        self.free = [a for a in range(1, self.ndim) if a not in axes]
+        self.simple = self.ndim == 2
+        self.query_sizes = _sizes(query, self.ndim)
+        self.key_sizes = _sizes(value, self.ndim)
+
+    def fold(self, x):
+        """`(batch, …, heads, dim)` to `(batch, heads, length, dim)`."""
+        if self.simple:
+            return tf.transpose(x, (0, 2, 1, 3))
+        sizes = _sizes(x, self.ndim)
+        n = self.ndim
+        x = tf.transpose(x, (0, *self.free, n, *self.axes, n + 1))
+        batch = _product(sizes[a] for a in (0, *self.free))
+        length = _product(sizes[a] for a in self.axes)
+        return tf.reshape(x, (batch, x.shape[1 + len(self.free)], length, x.shape[-1]))
+
+    def unfold(self, x):
+        """The inverse of `fold`, for queries' outputs."""
+        if self.simple:
+            return tf.transpose(x, (0, 2, 1, 3))
+        sizes, n = self.query_sizes, self.ndim
+        order = (0, *self.free, n, *self.axes, n + 1)
+        lead = [sizes[a] for a in (0, *self.free)]
+        tail = [sizes[a] for a in self.axes]
+        x = tf.reshape(x, (*lead, x.shape[1], *tail, x.shape[3]))
+        return tf.transpose(x, [order.index(a) for a in range(n + 2)])
+
+    def unfold_scores(self, scores):
+        if self.simple:
+            return scores
+        lead = [self.query_sizes[a] for a in (0, *self.free)]
+        queries = [self.query_sizes[a] for a in self.axes]
+        keys = [self.key_sizes[a] for a in self.axes]
+        return tf.reshape(scores, (*lead, scores.shape[1], *queries, *keys))
+
+    def fold_mask(self, mask, name, tensor):
+        """`(batch, …)` or `(batch, length)` to `(batch, length)` boolean."""
+        if mask is None:
+            return None
+        mask = tf.cast(mask, "bool")
+        if self.simple and mask.shape.rank == 2:
+            return mask
+        sizes = _sizes(tensor, self.ndim)
+        if mask.shape.rank == 2 and len(self.axes) == 1:
+            for axis in self.free:
+                mask = tf.expand_dims(mask, axis)
+        if mask.shape.rank != self.ndim:
+            raise ValueError(
+                f"`{name}` must have the shape of the tensor's positions, "
+                f"{tuple(tensor.shape[: self.ndim])}. Received: a mask of "
+                f"shape {tuple(mask.shape)}. Use `attention_mask` for a mask "
+                "of pairs of positions."
+            )
+        mask = tf.broadcast_to(mask, sizes)
+        mask = tf.transpose(mask, (0, *self.free, *self.axes))
+        batch = _product(sizes[a] for a in (0, *self.free))
+        return tf.reshape(mask, (batch, _product(sizes[a] for a in self.axes)))
+
+    def fold_dense_mask(self, mask):
+        """MultiHeadAttention's ranks of mask to `(batch, heads, T, S)`."""
+        mask = tf.cast(tf.convert_to_tensor(mask), "bool")
+        queries = [self.query_sizes[a] for a in self.axes]
+        keys = [self.key_sizes[a] for a in self.axes]
+        pairs = [*queries, *keys]
+        rank = 2 + len(self.free) + len(pairs)
+        got = mask.shape[-len(pairs) :]
+        known = [
+            (g, p) for g, p in zip(got, pairs, strict=False) if _is_known(g, p)
+        ]
+        if (
+            not len(pairs) <= mask.shape.rank <= rank
+            or any(g not in (1, p) for g, p in known)
+        ):
+            raise ValueError(
+                "`attention_mask` must broadcast to (batch, heads, "
+                "query_length, key_length), its last axes being "
+                f"{tuple(pairs)}. Received: a mask of shape "
+                f"{tuple(mask.shape)}. A (batch, key_length) padding mask is "
+                "`value_mask`."
+            )
+        # Missing axes stand before the pairs of positions, as in Keras.
+        while mask.shape.rank < rank:
+            mask = tf.expand_dims(mask, -len(pairs) - 1)
+        if self.simple:
+            return mask
+        lead = [self.query_sizes[a] for a in (0, *self.free)]
+        heads = mask.shape[1 + len(self.free)]
+        mask = tf.broadcast_to(mask, (*lead, heads, *pairs))
+        return tf.reshape(
+            mask,
+            (_product(lead), heads, _product(queries), _product(keys)),
+        )
+
+    def band(self, width):
+        (axis,) = self.axes
+        rows = tf.range(self.query_sizes[axis])[:, tf.newaxis]
+        columns = tf.range(self.key_sizes[axis])[tf.newaxis]
+        return (tf.abs(rows - columns) < width)[tf.newaxis, tf.newaxis]
+
+
+def _positions(projected):
+    # Projected tensors end in heads and dim, inputs in features.
+    return len(projected.shape) - 2
+
+
+def _sizes(x, ndim):
+    dynamic = None
+    sizes = []
+    for axis in range(ndim):
+        size = x.shape[axis]
+        if size is None:
+            dynamic = tf.shape(x) if dynamic is None else dynamic
+            size = dynamic[axis]
+        sizes.append(size)
+    return sizes
+
+
+def _product(sizes):
+    result = 1
+    for size in sizes:
+        result = result * size
+    return result
+
+
+def _is_known(*sizes):
+    return all(isinstance(size, int) for size in sizes)
+
+
+def _match_length(query, key, value, key_mask):
+    """Keys cut or padded to the queries' length: causal from the start."""
+    queries, keys = query.shape[2], key.shape[2]
+    if queries is not None and queries == keys:
+        return key, value, key_mask
+    if key_mask is None:
+        key_mask = tf.ones((tf.shape(key)[0], tf.shape(key)[2]), "bool")
+    length = tf.shape(query)[2] if queries is None else queries
+    key, value = key[:, :, :length], value[:, :, :length]
+    key_mask = key_mask[:, :length]
+    missing = length - tf.shape(key)[2]
+    padding = ((0, 0), (0, 0), (0, missing), (0, 0))
+    key, value = tf.pad(key, padding), tf.pad(value, padding)
+    key_mask = tf.pad(key_mask, ((0, 0), (0, missing)))
+    if queries is not None:
+        key = tf.ensure_shape(key, (*key.shape[:2], queries, key.shape[3]))
+        value = tf.ensure_shape(
+            value, (*value.shape[:2], queries, value.shape[3])
+        )
+    return key, value, key_mask
+
+
+def _select_rows(x, mask):
+    """x where the mask keeps, zeros elsewhere, whatever x holds there."""
+    mask = tf.cast(mask, "bool")
+    while mask.shape.rank < x.shape.rank:
+        mask = mask[..., tf.newaxis]
+    return tf.where(mask, x, tf.zeros((), x.dtype))
+
+
+def _both(mask, other):
+    if mask is None or other is None:
+        return other if mask is None else mask
+    return tf.logical_and(tf.cast(mask, "bool"), tf.cast(other, "bool"))
+
+
+def _set_keras_mask(x, mask):
+    try:
+        x._keras_mask = mask
+    except AttributeError:  # NumPy arrays, which carry none
+        pass
+
+
+def _as_shape(output_shape):
+    if not output_shape:
+        return None
+    if isinstance(output_shape, int):
+        return (output_shape,)
+    try:
+        return tuple(output_shape)
+    except TypeError:
+        raise ValueError(
+            f"Invalid `output_shape`: {output_shape}. When specified, the "
+            "`output_shape` should be of type tuple, list, or int."
+        ) from None
+
+
+def _as_axes(attention_axes):
+    if isinstance(attention_axes, int):
+        return (attention_axes,)
+    if attention_axes is None:
+        return None
+    if not isinstance(attention_axes, (list, tuple)):
+        raise ValueError(
+            "`attention_axes` must be an int, list, or tuple. "
+            f"Received: attention_axes={attention_axes}"
+        )
+    return tuple(attention_axes)
+
+
+def _check_positive(name, value, optional=False):
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or value <= 0:
+        expected = "a positive integer" + (" or `None`" if optional else "")
+        raise ValueError(
+            f"Received an invalid value for argument `{name}`, expected "
+            f"{expected}. Received: {name}={value}"
+        )
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {choices}. Received: {name}={value!r}"
+        )
+
+
+def _check_shapes(query_shape, value_shape, key_shape):
+    if tuple(value_shape[1:-1]) != tuple(key_shape[1:-1]):
+        raise ValueError(
+            "All dimensions of `value` and `key`, except the last one, must be "
+            f"equal. Received: value_shape={tuple(value_shape)} and "
+            f"key_shape={tuple(key_shape)}"
+        )
+
+
+def _check_batches(query, value, key):
+    sizes = {x.shape[0] for x in (query, value, key)} - {None}
+    if len(sizes) > 1:
+        raise ValueError(
+            "`query`, `value` and `key` must have the same batch size. "
+            f"Received: query of shape {tuple(query.shape)}, value of shape "
+            f"{tuple(value.shape)} and key of shape {tuple(key.shape)}"
+        )

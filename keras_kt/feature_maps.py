@@ -1,0 +1,320 @@
+"""Feature maps: from a query or key to its features φ_ω(x), per head.
+
+`PositiveFeatures` (PRF): φ_ω(x) = h(x) exp(ω·x), kept as logarithms until the
+attention algorithm exponentiates them, so that nothing overflows.
+`TrigonometricFeatures` (RKS): φ_ω(x) = (cos ω·x, sin ω·x). Equations 5-9 of
+arXiv 2110.08323; the paper's M is `num_frequencies` here.
+
+A feature map is bound to one draw of `Frequencies`, which gives a function from
+`(batch, heads, length, head_dim)` to `(batch, heads, length, feature_dim)`.
+"""
+
+import math
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_kt.spectral_priors import Frequencies, SpectralPrior
+
+PREFACTORS = ("softmax", "gaussian", "isotropic")
+
+
+class PositiveMap(NamedTuple):
+    """Log-features of x; `C` components share the frequencies evenly.
+
+    Attributes:
+        projection: `(heads, head_dim, num_frequencies)`.
+        linear: `(heads, head_dim, components)` or `None`.
+        quadratic: `(heads, head_dim, components)` for Σ_d q_d x_d², or
+            `(heads, components, head_dim, head_dim)` for |qᵀx|².
+        log_amplitudes: `(heads, 1, components)`.
+        two_sided: whether each frequency gives exp(+ω·x) and exp(−ω·x).
+    """
+
+    projection: tf.Tensor
+    linear: tf.Tensor | None
+    quadratic: tf.Tensor
+    log_amplitudes: tf.Tensor
+    two_sided: bool
+
+    positive = True
+
+    def __call__(self, x: tf.Tensor) -> tf.Tensor:
+        projected = tf.matmul(x, self.projection)
+        exponent = self.log_amplitudes - self._quadratic_form(x)
+        if self.linear is not None:
+            exponent += tf.matmul(x, self.linear)
+        exponent = _per_frequency(exponent, projected)
+        if not self.two_sided:
+            return exponent + projected
+        return tf.concat([exponent + projected, exponent - projected], -1)
+
+    def _quadratic_form(self, x):
+        if self.quadratic.shape.rank == 3:
+            return tf.matmul(tf.square(x), self.quadratic)
+        rotated = tf.einsum("bhtd,hcde->bhtce", x, self.quadratic)
+        return tf.reduce_sum(tf.square(rotated), axis=-1)
+
+
+class TrigonometricMap(NamedTuple):
+    """Signed features of x, with one constant feature for the smoothing.
+
+    Attributes:
+        projection: `(heads, head_dim, num_frequencies)`.
+        amplitudes: `(heads, 1, num_frequencies)`.
+        smoothing: `(heads, 1, 1)`, the constant that the kernel gains.
+    """
+
+    projection: tf.Tensor
+    amplitudes: tf.Tensor
+    smoothing: tf.Tensor
+
+    positive = False
+
+    def __call__(self, x: tf.Tensor) -> tf.Tensor:
+        angles = tf.matmul(x, self.projection)
+        constant = tf.sqrt(self.smoothing) * tf.ones_like(angles[..., :1])
+        return tf.concat(
+            [
+                self.amplitudes * tf.cos(angles),
+                self.amplitudes * tf.sin(angles),
+                constant,
+            ],
+            axis=-1,
+        )
+
+
+class FeatureMap(keras.layers.Layer):
+    """Base class of the feature maps; like a prior, a recipe until built."""
+
+    def __init__(self, **kwargs):
+        kwargs["dtype"] = "float32"
+        super().__init__(**kwargs)
+
+    # Features per frequency.
+    sides = 1
+
+    def num_frequencies(self, num_features: int) -> int:
+        """Frequencies that give `num_features` features."""
+        if num_features % self.sides:
+            raise ValueError(
+                f"`num_features` must be even for {type(self).__name__}, which "
+                "makes two features from each frequency. Received: "
+                f"num_features={num_features}. Choose {num_features + 1}."
+            )
+        return num_features // self.sides
+
+    def default_num_features(self, prior: SpectralPrior, head_dim: int) -> int:
+        """One whole block of the coupling for each component."""
+        return self.sides * prior.block_size(head_dim)
+
+    def feature_dim(self, num_features: int) -> int:
+        """Width of φ with what the map adds to `num_features`."""
+        return num_features
+
+    def validate(self, prior: SpectralPrior) -> None:
+        """Raises a `ValueError` if the prior gives no kernel with this map."""
+
+    def build(self, num_heads):
+        """Creates the weights, if the map has any."""
+        self.built = True
+
+    def bind(self, frequencies: Frequencies):
+        """A function from inputs to features, for one draw of frequencies."""
+        raise NotImplementedError
+
+    def get_config(self):
+        config = super().get_config()
+        config.pop("dtype", None)
+        return config
+
+
+@keras.saving.register_keras_serializable(package="keras_kt")
+class PositiveFeatures(FeatureMap):
+    """Positive random features (PRF): φ_ω(x) = h(x) exp(ω·x).
+
+    k(x, y) = E[φ_ω(x)·φ_ω(y)] = h(x) h(y) E exp(ω·(x + y)): always positive, so
+    attention weights are a convex combination and the normaliser is at least
+    one, without any epsilon.
+
+    Args:
+        prefactor: log h(x), with Σ and μ those of the prior (of each component
+            of a mixture). `"softmax"` (default): −½xᵀΣx − μ·x, so that keys
+            weigh exp(qᵀΣk). `"gaussian"`: −xᵀΣx, so that they weigh
+            exp(μ·k − ½(q−k)ᵀΣ(q−k)). `"isotropic"`: −|x|² whatever Σ is, the
+            paper's released form.
+        two_sided: whether every frequency ω = μ + δ is used with its mirror
+            image μ − δ. Half the projections for a given number of features,
+            and a smaller error. Defaults to `True`.
+
+    References:
+        arXiv 2110.08323, equation 8; Choromanski et al., arXiv 2009.14794.
+    """
+
+    def __init__(self, prefactor="softmax", two_sided=True, **kwargs):
+        super().__init__(**kwargs)
+        if prefactor not in PREFACTORS:
+            raise ValueError(
+                f"`prefactor` must be one of {PREFACTORS}. "
+                f"Received: prefactor={prefactor!r}"
+            )
+        self.prefactor = prefactor
+        self.two_sided = two_sided
+
+    @property
+    def sides(self):
+        return 2 if self.two_sided else 1
+
+    def default_num_features(self, prior, head_dim):
+        # Both kinds need whole blocks; one-sided features need the width too.
+        return 2 * prior.block_size(head_dim)
+
+    def validate(self, prior):
+        if not prior.has_moment_generating_function:
+            raise ValueError(
+                "Positive features need a prior with a moment generating "
+                "function: E exp(ω·z) must be finite for every z. Received: "
+                f"{_describe(prior)}, whose tails are too heavy (or not known "
+                'to be light). Use feature_map="trigonometric", which takes '
+                "any distribution, or has_moment_generating_function=True if "
+                "you know that it exists."
+            )
+        if prior.has_mean and self.prefactor == "softmax":
+            raise ValueError(
+                "The softmax prefactor cancels the mean of the prior, so that "
+                "it would never be trained. Received: prefactor='softmax' with "
+                f"use_mean=True in {type(prior).__name__}. Use "
+                'PositiveFeatures(prefactor="gaussian"), trigonometric '
+                "features, or use_mean=False."
+            )
+
+    def bind(self, frequencies):
+        linear = None
+        if self.prefactor != "softmax" and frequencies.means is not None:
+            linear = tf.linalg.matrix_transpose(frequencies.means)
+        covariances = frequencies.covariances
+        share = 0.5 if self.prefactor == "softmax" else 1.0
+        if self.prefactor == "isotropic":
+            quadratic = tf.ones_like(frequencies.offsets[:, :1])
+            quadratic = tf.linalg.matrix_transpose(quadratic)
+        elif covariances.shape.rank == 3:
+            quadratic = share * tf.linalg.matrix_transpose(covariances)
+        else:
+            quadratic = math.sqrt(share) * covariances
+        return PositiveMap(
+            projection=tf.linalg.matrix_transpose(frequencies.offsets),
+            linear=linear,
+            quadratic=quadratic,
+            log_amplitudes=0.5
+            * (frequencies.log_weights - math.log(self.sides))[:, tf.newaxis],
+            two_sided=self.two_sided,
+        )
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "prefactor": self.prefactor,
+            "two_sided": self.two_sided,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_kt")
+class TrigonometricFeatures(FeatureMap):
+    """Random kitchen sinks (RKS): φ_ω(x) = (cos ω·x, sin ω·x).
+
+    k(x, y) = E cos(ω·(x − y)) + s: shift-invariant, defined for every prior,
+    heavy tails included, and bounded. The estimate may be negative, so weights
+    need not be a convex combination; the smoothing s (an atom of the prior at
+    ω = 0) keeps the normaliser away from zero and is learned per head.
+
+    Args:
+        smoothing: s at the start. Defaults to 0.1.
+        trainable: whether s is trained. Defaults to `True`.
+
+    References:
+        arXiv 2110.08323, equation 6; Rahimi and Recht, NeurIPS 2007.
+    """
+
+    sides = 2
+
+    def __init__(self, smoothing=0.1, *, trainable=True, **kwargs):
+        super().__init__(trainable=trainable, **kwargs)
+        if not (isinstance(smoothing, (int, float)) and smoothing > 0):
+            raise ValueError(
+                "`smoothing` must be a positive number. "
+                f"Received: smoothing={smoothing}"
+            )
+        self.smoothing = smoothing
+
+    def build(self, num_heads):
+        raw = self.smoothing + math.log(-math.expm1(-self.smoothing))
+        self._raw_smoothing = self.add_weight(
+            name="smoothing",
+            shape=(int(num_heads), 1, 1),
+            initializer=keras.initializers.Constant(raw),
+            autocast=False,
+        )
+        self.built = True
+
+    def feature_dim(self, num_features):
+        # The constant feature of the smoothing.
+        return num_features + 1
+
+    @property
+    def smoothing_weights(self) -> tf.Tensor:
+        """s of each head, `(heads, 1, 1)`."""
+        return tf.nn.softplus(tf.convert_to_tensor(self._raw_smoothing))
+
+    def bind(self, frequencies):
+        projection = tf.linalg.matrix_transpose(frequencies.offsets)
+        if frequencies.means is not None:
+            means = tf.linalg.matrix_transpose(frequencies.means)
+            projection += _per_frequency(means, projection)
+        amplitudes = tf.exp(0.5 * frequencies.log_weights)[:, tf.newaxis]
+        return TrigonometricMap(
+            projection,
+            _per_frequency(amplitudes, projection[:, :1]),
+            self.smoothing_weights,
+        )
+
+    def get_config(self):
+        return {**super().get_config(), "smoothing": self.smoothing}
+
+
+def get(identifier) -> FeatureMap:
+    """Resolves a name or an instance to a `FeatureMap`."""
+    if isinstance(identifier, FeatureMap):
+        return identifier
+    if isinstance(identifier, dict):
+        return get(keras.saving.deserialize_keras_object(identifier))
+    if isinstance(identifier, str) and identifier in _MAPS:
+        return _MAPS[identifier]()
+    raise ValueError(
+        f"`feature_map` must be one of {sorted(_MAPS)} or an instance of "
+        "keras_kt.FeatureMap. Received: "
+        f"feature_map={identifier}"
+    )
+
+
+_MAPS = {
+    "positive": PositiveFeatures,
+    "prf": PositiveFeatures,
+    "trigonometric": TrigonometricFeatures,
+    "rks": TrigonometricFeatures,
+}
+
+
+def _per_frequency(components: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+    """Repeats the last axis, components, to the frequencies of `like`."""
+    count = components.shape[-1]
+    if count == 1:
+        return components
+    return tf.repeat(components, like.shape[-1] // count, axis=-1)
+
+
+def _describe(prior):
+    describe = type(prior).__name__
+    if hasattr(prior, "distribution_fn"):
+        describe += f" of {prior.distribution().name}"
+    return describe

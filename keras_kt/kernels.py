@@ -1,0 +1,274 @@
+"""Closed-form kernels and exact quadratic attention, in float64 NumPy.
+
+What random features estimate, written out: the characteristic function of the
+prior for trigonometric features, its moment generating function for positive
+ones. Slow and plain on purpose; it shares no computation with the feature maps
+and attention algorithms that it judges.
+"""
+
+import math
+
+import numpy as np
+import tensorflow_probability as tfp
+
+from keras_kt import feature_maps, spectral_priors
+
+tfd = tfp.distributions
+
+
+def softmax_attention(query, key, value, mask=None):
+    """Softmax attention of scaled queries and keys.
+
+    Args:
+        query: `(…, query_length, dim)`, already scaled: logits are q·k.
+        key: `(…, key_length, dim)`.
+        value: `(…, key_length, value_dim)`.
+        mask: boolean, broadcast to `(…, query_length, key_length)`; True keeps.
+
+    Returns:
+        Outputs `(…, query_length, value_dim)` and weights
+        `(…, query_length, key_length)`, float64.
+    """
+    logits = np.asarray(query, "float64") @ np.swapaxes(key, -1, -2)
+    logits -= logits.max(axis=-1, keepdims=True)
+    return kernel_attention(np.exp(logits), value, mask)
+
+
+def kernel_attention(kernel, value, mask=None):
+    """Attention whose weights are a kernel matrix, normalised over keys.
+
+    Args:
+        kernel: `(…, query_length, key_length)`.
+        value: `(…, key_length, value_dim)`.
+        mask: as in `softmax_attention`.
+
+    Returns:
+        Outputs and weights; rows that see no key are zero.
+    """
+    kernel = np.asarray(kernel, "float64")
+    if mask is not None:
+        kernel = np.where(mask, kernel, 0.0)
+    total = kernel.sum(axis=-1, keepdims=True)
+    weights = np.divide(
+        kernel, total, out=np.zeros_like(kernel), where=total != 0.0
+    )
+    return weights @ np.asarray(value, "float64"), weights
+
+
+def closed_form(prior, feature_map, x, y):
+    """E[φ_ω(x)·φ_ω(y)] under the prior, for all pairs.
+
+    Args:
+        prior: a built prior. Gaussian families, FastFood (whose law is the
+            uniform one over its rows) and `DistributionPrior` of independent
+            normal, Laplace, Cauchy or uniform coordinates, or of a multivariate
+            normal, have closed forms.
+        feature_map: a built feature map.
+        x: `(heads, n, head_dim)`, or `(n, head_dim)` for all heads alike.
+        y: `(heads, m, head_dim)`, likewise.
+
+    Returns:
+        `(heads, n, m)` float64.
+    """
+    x, y = np.asarray(x, "float64"), np.asarray(y, "float64")
+    if isinstance(prior, spectral_priors.FastFoodPrior):
+        rows = prior.distribution().samples.numpy()
+        return from_frequencies(rows, feature_map, x, y)
+    if isinstance(prior, spectral_priors.DistributionPrior):
+        law = _from_tfp(prior.distribution())
+    elif isinstance(prior, spectral_priors._GaussianPrior):
+        law = _gaussian(prior)
+    else:
+        raise ValueError(
+            f"{type(prior).__name__} has no closed-form kernel. Use "
+            "`from_frequencies` with samples of `prior.distribution()`."
+        )
+    if isinstance(feature_map, feature_maps.TrigonometricFeatures):
+        delta = x[..., :, None, :] - y[..., None, :, :]
+        smoothing = np.asarray(feature_map.smoothing_weights, "float64")
+        return law.characteristic(delta) + smoothing
+    total = x[..., :, None, :] + y[..., None, :, :]
+    return law.positive(x, y, total, feature_map.prefactor)
+
+
+def from_frequencies(frequencies, feature_map, x, y):
+    """The kernel of a finite set of equally likely frequencies.
+
+    Args:
+        frequencies: `(heads, num_frequencies, head_dim)`.
+        feature_map, x, y: as in `closed_form`. Two-sided positive features and
+            prefactors take the frequencies' own second moments, centre zero.
+
+    Returns:
+        `(heads, n, m)` float64.
+    """
+    omega = np.asarray(frequencies, "float64")
+    x, y = np.asarray(x, "float64"), np.asarray(y, "float64")
+    if isinstance(feature_map, feature_maps.TrigonometricFeatures):
+        delta = x[..., :, None, :] - y[..., None, :, :]
+        angles = np.einsum("...nmd,hfd->hnmf", delta, omega)
+        smoothing = np.asarray(feature_map.smoothing_weights, "float64")
+        return np.cos(angles).mean(axis=-1) + smoothing
+    total = x[..., :, None, :] + y[..., None, :, :]
+    exponents = np.einsum("...nmd,hfd->hnmf", total, omega)
+    terms = np.cosh if feature_map.two_sided else np.exp
+    second = np.square(omega).mean(axis=1)
+    if feature_map.prefactor == "isotropic":
+        second = np.ones_like(second)
+    share = 0.5 if feature_map.prefactor == "softmax" else 1.0
+    h_x = -share * np.einsum("...nd,hd->hn", x**2, second)
+    h_y = -share * np.einsum("...nd,hd->hn", y**2, second)
+    return terms(exponents).mean(axis=-1) * np.exp(
+        h_x[..., :, None] + h_y[..., None, :]
+    )
+
+
+class _Gaussian:
+    """A mixture of Gaussians, or of spheres under a linear map."""
+
+    def __init__(self, means, factors, probabilities, fixed_radius):
+        self.means = np.asarray(means, "float64")  # (heads, c, d)
+        self.factors = np.asarray(factors, "float64")  # (heads, c, d, d)
+        self.probabilities = np.asarray(probabilities, "float64")  # (heads, c)
+        self.fixed_radius = fixed_radius
+
+    def characteristic(self, delta):
+        squares = self._squares(delta)
+        phases = np.einsum("...nmd,hcd->hcnm", delta, self.means)
+        radial = self._radial(-squares)
+        return np.einsum(
+            "hc,hcnm->hnm", self.probabilities, np.cos(phases) * radial
+        )
+
+    def positive(self, x, y, total, prefactor):
+        terms = self._radial(self._squares(total))
+        if prefactor != "softmax":
+            terms *= np.exp(np.einsum("...nmd,hcd->hcnm", total, self.means))
+        norms = []
+        for points in (x, y):
+            if prefactor == "isotropic":
+                norm = np.broadcast_to(
+                    np.sum(points**2, -1)[..., None, :],
+                    (*self.probabilities.shape, points.shape[-2]),
+                )
+            else:
+                mapped = np.einsum("...nd,hcde->hcne", points, self.factors)
+                norm = np.sum(mapped**2, axis=-1)
+            norms.append((0.5 if prefactor == "softmax" else 1.0) * norm)
+        terms *= np.exp(-norms[0][..., :, None] - norms[1][..., None, :])
+        return np.einsum("hc,hcnm->hnm", self.probabilities, terms)
+
+    def _squares(self, points):
+        mapped = np.einsum("...nmd,hcde->hcnme", points, self.factors)
+        return np.sum(mapped**2, axis=-1)
+
+    def _radial(self, squares):
+        if not self.fixed_radius:
+            return np.exp(0.5 * squares)
+        return sphere_moment(squares, self.means.shape[-1])
+
+
+class _Independent:
+    """Independent coordinates with given transforms and moments."""
+
+    def __init__(self, location, characteristic, moment, variance):
+        self.location = np.asarray(location, "float64")
+        self._characteristic, self._moment = characteristic, moment
+        self._variance = variance
+
+    def characteristic(self, delta):
+        phases = np.einsum("...nmd,hd->hnm", delta, self.location)
+        factors = self._characteristic(
+            np.broadcast_to(
+                delta, (len(self.location), *delta.shape[-3:])
+            )
+        )
+        return np.cos(phases) * np.prod(factors, axis=-1)
+
+    def positive(self, x, y, total, prefactor):
+        if self._moment is None:
+            raise ValueError("This law has no moment generating function.")
+        heads = len(self.location)
+        terms = np.prod(
+            self._moment(np.broadcast_to(total, (heads, *total.shape[-3:]))),
+            axis=-1,
+        )
+        variance = self._variance
+        if prefactor == "isotropic":
+            variance = np.ones_like(self.location)
+        if prefactor != "softmax":
+            terms *= np.exp(np.einsum("...nmd,hd->hnm", total, self.location))
+        share = 0.5 if prefactor == "softmax" else 1.0
+        h_x = share * np.einsum("...nd,hd->hn", x**2, variance)
+        h_y = share * np.einsum("...nd,hd->hn", y**2, variance)
+        return terms * np.exp(-h_x[..., :, None] - h_y[..., None, :])
+
+
+def sphere_moment(squares, dim):
+    """E exp(√dim u·z) for u uniform on the unit sphere, by |z|².
+
+    The confluent series ₀F₁(; dim/2; dim |z|²/4); a negative argument gives
+    E cos(√dim u·z) of −|z|². It is what rows of fixed radius estimate.
+    """
+    argument = np.asarray(squares, "float64") * dim / 4.0
+    term = np.ones_like(argument)
+    total = term.copy()
+    for index in range(1, 1000):
+        term = term * argument / (index * (dim / 2.0 + index - 1.0))
+        total += term
+        if np.all(np.abs(term) <= 1e-17 * np.abs(total)):
+            break
+    return total
+
+
+def _gaussian(prior):
+    factors = prior.scale.numpy()
+    if factors.ndim == 3:
+        factors = factors[..., None] * np.eye(factors.shape[-1])
+    return _Gaussian(
+        prior.mean.numpy(),
+        factors,
+        np.exp(prior.log_probabilities.numpy().astype("float64")),
+        prior.radius == "fixed",
+    )
+
+
+def _from_tfp(law):
+    if isinstance(law, tfd.Independent):
+        base = law.distribution
+        if isinstance(base, tfd.Normal):
+            factors = base.stddev().numpy()[:, None, :, None]
+            factors = factors * np.eye(factors.shape[2])
+            ones = np.ones((len(factors), 1))
+            return _Gaussian(base.mean().numpy()[:, None], factors, ones, False)
+        if isinstance(base, tfd.Laplace):
+            b = np.asarray(base.scale, "float64")[:, None, None]
+            return _Independent(
+                base.loc,
+                lambda delta: 1.0 / (1.0 + (b * delta) ** 2),
+                lambda z: 1.0 / (1.0 - (b * z) ** 2),
+                2.0 * b[:, 0, 0] ** 2,
+            )
+        if isinstance(base, tfd.Cauchy):
+            g = np.asarray(base.scale, "float64")[:, None, None]
+            return _Independent(
+                base.loc, lambda delta: np.exp(-g * np.abs(delta)), None, None
+            )
+        if isinstance(base, tfd.Uniform):
+            low = np.asarray(base.low, "float64")
+            high = np.asarray(base.high, "float64")
+            a = ((high - low) / 2.0)[:, None, None]
+            return _Independent(
+                (low + high) / 2.0,
+                lambda delta: np.sinc(a * delta / math.pi),
+                lambda z: np.sinh(a * z) / (a * z),
+                (high - low) ** 2 / 12.0,
+            )
+    if isinstance(law, tfd.MultivariateNormalLinearOperator):
+        factors = np.linalg.cholesky(law.covariance().numpy())[:, None]
+        ones = np.ones((len(factors), 1))
+        return _Gaussian(law.mean().numpy()[:, None], factors, ones, False)
+    raise ValueError(
+        f"No closed form is known here for {law.name}. Use `from_frequencies` "
+        "with samples of `prior.distribution()`."
+    )

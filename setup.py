@@ -1,0 +1,42 @@
+"""Package metadata; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+)"', (HERE / "keras_kt" / "__init__.py").read_text()
+).group(1)
+
+setup(
+    name="keras_kt",
+    version=VERSION,
+    description=(
+        "Linear-time attention with learned kernels, for Keras 3 on TensorFlow"
+    ),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["keras_kt", "keras_kt.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "tensorflow>=2.18,<2.22",
+        "keras>=3.8,<4",
+        "tensorflow-probability>=0.25,<0.26",
+        # tensorflow-probability imports it but does not install it.
+        "tf-keras>=2.18,<2.22",
+        "numpy",
+    ],
+    extras_require={
+        "plot": ["matplotlib"],
+        "text": ["tensorflow-text>=2.18,<2.22"],
+        "test": ["pytest", "ruff", "matplotlib"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
