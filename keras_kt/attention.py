@@ -2,7 +2,7 @@
 
 Projections, masks and the redraw policy live here; what is computed lives in
 `feature_maps` and `linear_attention`. Inside, tensors are
-`(batch, heads, length, head_dim)`; other attention axes are folded into the
+`(batch, length, heads, head_dim)`; other attention axes are folded into the
 batch or the length.
 """
 
@@ -442,9 +442,10 @@ class KernelizedAttention(keras.layers.Layer):
             )
         folded_query_mask = folding.fold_mask(query_mask, "query_mask", query)
         if folded_query_mask is not None:
-            rows = folded_query_mask[:, tf.newaxis, :, tf.newaxis]
+            rows = folded_query_mask[:, :, tf.newaxis, tf.newaxis]
             heads = tf.where(rows, heads, 0.0)
             if scores is not None:
+                rows = tf.transpose(rows, (0, 2, 1, 3))
                 scores = tf.where(rows, scores, 0.0)
         heads = folding.unfold(tf.cast(heads, self.compute_dtype))
         if not return_attention_scores:
@@ -484,21 +485,19 @@ class KernelizedAttention(keras.layers.Layer):
         return True
 
     def _kernel_inputs(self, query, key, training=False):
-        """Scaled queries and keys, float32, and the bound feature map."""
+        """Queries and keys, float32, and the feature map that scales them."""
         query = tf.cast(query, tf.float32)
         key = tf.cast(key, tf.float32)
+        scale = self.key_dim**-0.25
         if self.qk_norm:
-            query, key = self._qk_norm(query), self._qk_norm(key)
-        else:
-            scale = self.key_dim**-0.25
-            query, key = query * scale, key * scale
+            query, key, scale = self._qk_norm(query), self._qk_norm(key), 1.0
         seed = None
         if training and self.redraw == "step":
             seed = self._redraw_seed.next()
             seed = tf.cast(seed, tf.int64) % (2**31 - 1)
             seed = tf.cast(seed, tf.int32)
         frequencies = self._spectral_prior(seed=seed)
-        return query, key, self._feature_map.bind(frequencies)
+        return query, key, self._feature_map.bind(frequencies, scale)
 
     def initial_state(self, batch_size):
         """The state of a causal stream that has seen nothing.
@@ -701,7 +700,7 @@ class _UnitNorm(keras.layers.Layer):
     def build(self, num_heads):
         self.raw_temperature = self.add_weight(
             name="temperature",
-            shape=(int(num_heads), 1, 1),
+            shape=(int(num_heads), 1),
             initializer=keras.initializers.Constant(math.log(math.e - 1)),
             autocast=False,
         )
@@ -716,43 +715,41 @@ class _UnitNorm(keras.layers.Layer):
 
 
 class _Folding:
-    """To and from `(batch, heads, length, dim)` for any attention axes.
+    """To and from `(batch, length, heads, dim)` for any attention axes.
 
     Attention axes are flattened to the length; the other axes join the batch.
     """
 
     def __init__(self, query, value, axes):
-        # Ranks of projected tensors (two axes for heads) and of inputs agree on
-        # the axes before.
-        last = max(axes) + 1
+        # Projected tensors end in heads and dim, inputs in features.
+        self.ndim = len(query.shape) - (2 if len(query.shape) > 3 else 1)
+        self.ndim = max(max(axes) + 1, self.ndim)
         self.axes = axes
-        self.ndim = max(last, _positions(query))
         self.free = [a for a in range(1, self.ndim) if a not in axes]
+        self.order = (0, *self.free, *axes)
         self.simple = self.ndim == 2
         self.query_sizes = _sizes(query, self.ndim)
         self.key_sizes = _sizes(value, self.ndim)
 
     def fold(self, x):
-        """`(batch, …, heads, dim)` to `(batch, heads, length, dim)`."""
+        """`(batch, …, heads, dim)` to `(batch, length, heads, dim)`."""
         if self.simple:
-            return tf.transpose(x, (0, 2, 1, 3))
-        sizes = _sizes(x, self.ndim)
-        n = self.ndim
-        x = tf.transpose(x, (0, *self.free, n, *self.axes, n + 1))
+            return x
+        sizes, n = _sizes(x, self.ndim), self.ndim
+        x = tf.transpose(x, (*self.order, n, n + 1))
         batch = _product(sizes[a] for a in (0, *self.free))
         length = _product(sizes[a] for a in self.axes)
-        return tf.reshape(x, (batch, x.shape[1 + len(self.free)], length, x.shape[-1]))
+        return tf.reshape(x, (batch, length, x.shape[n], x.shape[n + 1]))
 
     def unfold(self, x):
         """The inverse of `fold`, for queries' outputs."""
         if self.simple:
-            return tf.transpose(x, (0, 2, 1, 3))
-        sizes, n = self.query_sizes, self.ndim
-        order = (0, *self.free, n, *self.axes, n + 1)
-        lead = [sizes[a] for a in (0, *self.free)]
-        tail = [sizes[a] for a in self.axes]
-        x = tf.reshape(x, (*lead, x.shape[1], *tail, x.shape[3]))
-        return tf.transpose(x, [order.index(a) for a in range(n + 2)])
+            return x
+        n = self.ndim
+        sizes = [self.query_sizes[a] for a in self.order]
+        x = tf.reshape(x, (*sizes, x.shape[2], x.shape[3]))
+        back = [self.order.index(a) for a in range(n)]
+        return tf.transpose(x, (*back, n, n + 1))
 
     def unfold_scores(self, scores):
         if self.simple:
@@ -827,11 +824,6 @@ class _Folding:
         return (tf.abs(rows - columns) < width)[tf.newaxis, tf.newaxis]
 
 
-def _positions(projected):
-    # Projected tensors end in heads and dim, inputs in features.
-    return len(projected.shape) - 2
-
-
 def _sizes(x, ndim):
     dynamic = None
     sizes = []
@@ -857,24 +849,22 @@ def _is_known(*sizes):
 
 def _match_length(query, key, value, key_mask):
     """Keys cut or padded to the queries' length: causal from the start."""
-    queries, keys = query.shape[2], key.shape[2]
-    if queries is not None and queries == keys:
+    length, keys = query.shape[1], key.shape[1]
+    if length is not None and length == keys:
         return key, value, key_mask
     if key_mask is None:
-        key_mask = tf.ones((tf.shape(key)[0], tf.shape(key)[2]), "bool")
-    length = tf.shape(query)[2] if queries is None else queries
-    key, value = key[:, :, :length], value[:, :, :length]
-    key_mask = key_mask[:, :length]
-    missing = length - tf.shape(key)[2]
-    padding = ((0, 0), (0, 0), (0, missing), (0, 0))
+        key_mask = tf.ones(tf.shape(key)[:2], "bool")
+    if length is None:
+        length = tf.shape(query)[1]
+    key, value, key_mask = key[:, :length], value[:, :length], key_mask[:, :length]
+    missing = length - tf.shape(key)[1]
+    padding = ((0, 0), (0, missing), (0, 0), (0, 0))
     key, value = tf.pad(key, padding), tf.pad(value, padding)
-    key_mask = tf.pad(key_mask, ((0, 0), (0, missing)))
-    if queries is not None:
-        key = tf.ensure_shape(key, (*key.shape[:2], queries, key.shape[3]))
-        value = tf.ensure_shape(
-            value, (*value.shape[:2], queries, value.shape[3])
-        )
-    return key, value, key_mask
+    key_mask = tf.pad(key_mask, padding[:2])
+    static = query.shape[1]
+    key = tf.ensure_shape(key, (None, static, *key.shape[2:]))
+    value = tf.ensure_shape(value, (None, static, *value.shape[2:]))
+    return key, value, tf.ensure_shape(key_mask, (None, static))
 
 
 def _select_rows(x, mask):

@@ -40,6 +40,11 @@ class PositiveMap(NamedTuple):
 
     positive = True
 
+    @property
+    def width(self) -> int:
+        """Size of the feature axis."""
+        return self.projection.shape[-1] * (2 if self.two_sided else 1)
+
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
         projected = tf.matmul(x, self.projection)
         exponent = self.log_amplitudes - self._quadratic_form(x)
@@ -71,6 +76,11 @@ class TrigonometricMap(NamedTuple):
     smoothing: tf.Tensor
 
     positive = False
+
+    @property
+    def width(self) -> int:
+        """Size of the feature axis."""
+        return 2 * self.projection.shape[-1] + 1
 
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
         angles = tf.matmul(x, self.projection)
@@ -120,8 +130,8 @@ class FeatureMap(keras.layers.Layer):
         """Creates the weights, if the map has any."""
         self.built = True
 
-    def bind(self, frequencies: Frequencies):
-        """A function from inputs to features, for one draw of frequencies."""
+    def bind(self, frequencies: Frequencies, scale: float = 1.0):
+        """A function from x to φ(scale · x), for one draw of frequencies."""
         raise NotImplementedError
 
     def get_config(self):
@@ -189,21 +199,21 @@ class PositiveFeatures(FeatureMap):
                 "features, or use_mean=False."
             )
 
-    def bind(self, frequencies):
+    def bind(self, frequencies, scale=1.0):
         linear = None
         if self.prefactor != "softmax" and frequencies.means is not None:
-            linear = tf.linalg.matrix_transpose(frequencies.means)
+            linear = scale * tf.linalg.matrix_transpose(frequencies.means)
         covariances = frequencies.covariances
-        share = 0.5 if self.prefactor == "softmax" else 1.0
+        share = scale**2 * (0.5 if self.prefactor == "softmax" else 1.0)
         if self.prefactor == "isotropic":
-            quadratic = tf.ones_like(frequencies.offsets[:, :1])
+            quadratic = share * tf.ones_like(frequencies.offsets[:, :1])
             quadratic = tf.linalg.matrix_transpose(quadratic)
         elif covariances.shape.rank == 3:
             quadratic = share * tf.linalg.matrix_transpose(covariances)
         else:
             quadratic = math.sqrt(share) * covariances
         return PositiveMap(
-            projection=tf.linalg.matrix_transpose(frequencies.offsets),
+            projection=scale * tf.linalg.matrix_transpose(frequencies.offsets),
             linear=linear,
             quadratic=quadratic,
             log_amplitudes=0.5
@@ -266,14 +276,14 @@ class TrigonometricFeatures(FeatureMap):
         """s of each head, `(heads, 1, 1)`."""
         return tf.nn.softplus(tf.convert_to_tensor(self._raw_smoothing))
 
-    def bind(self, frequencies):
+    def bind(self, frequencies, scale=1.0):
         projection = tf.linalg.matrix_transpose(frequencies.offsets)
         if frequencies.means is not None:
             means = tf.linalg.matrix_transpose(frequencies.means)
             projection += _per_frequency(means, projection)
         amplitudes = tf.exp(0.5 * frequencies.log_weights)[:, tf.newaxis]
         return TrigonometricMap(
-            projection,
+            scale * projection,
             _per_frequency(amplitudes, projection[:, :1]),
             self.smoothing_weights,
         )

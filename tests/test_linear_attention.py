@@ -15,6 +15,7 @@ class Identity:
     """Log-features handed in as they are, to set their range by hand."""
 
     positive = True
+    width = 17
 
     def __call__(self, x):
         return x
@@ -27,47 +28,46 @@ def visible(length, keys, mask, causal):
     return np.tril(seen) if causal else seen
 
 
+def tokens_first(*arrays):
+    """The core's `(batch, length, heads, dim)` from heads first, and back."""
+    return [tf.transpose(x, (0, 2, 1, 3)) for x in arrays]
+
+
 def run(algorithm, query, key, value, feature_map, mask):
-    """Outputs of one algorithm, whatever else it returns."""
+    """Outputs of one algorithm, heads first, whatever else it returns."""
+    inputs = (*tokens_first(query, key, value), feature_map)
     if algorithm == "bidirectional":
-        return linear_attention.bidirectional(
-            query, key, value, feature_map, key_mask=mask
+        output = linear_attention.bidirectional(*inputs, key_mask=mask)
+    elif algorithm == "causal":
+        output, _ = linear_attention.causal(*inputs, key_mask=mask)
+    elif algorithm == "step":
+        output = in_steps(*inputs, mask)
+    else:
+        output, _ = linear_attention.quadratic(
+            *inputs,
+            key_mask=mask,
+            use_causal_mask=algorithm == "quadratic-causal",
         )
-    if algorithm == "causal":
-        return linear_attention.causal(
-            query, key, value, feature_map, key_mask=mask, chunk_size=CHUNK
-        )[0]
-    if algorithm == "step":
-        return in_steps(query, key, value, feature_map, mask)
-    return linear_attention.quadratic(
-        query,
-        key,
-        value,
-        feature_map,
-        key_mask=mask,
-        use_causal_mask=algorithm == "quadratic-causal",
-    )[0]
+    return tokens_first(output)[0]
 
 
 def in_steps(query, key, value, feature_map, mask, cuts=(0, 1, 2, 7)):
     """The causal answer in pieces: single tokens and a longer prefill."""
-    query, key, value = (tf.convert_to_tensor(x) for x in (query, key, value))
-    features = feature_map(query).shape[-1]
     state = linear_attention.initial_state(
-        query.shape[0], query.shape[1], features, value.shape[-1]
+        query.shape[0], query.shape[2], feature_map.width, value.shape[-1]
     )
     outputs = []
-    for start, end in zip(cuts, (*cuts[1:], query.shape[2]), strict=True):
+    for start, end in zip(cuts, (*cuts[1:], query.shape[1]), strict=True):
         output, state = linear_attention.step(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
+            query[:, start:end],
+            key[:, start:end],
+            value[:, start:end],
             feature_map,
             state,
             key_mask=None if mask is None else mask[:, start:end],
         )
         outputs.append(output)
-    return tf.concat(outputs, axis=2)
+    return tf.concat(outputs, axis=1)
 
 
 CAUSAL = ("causal", "step", "quadratic-causal")
@@ -145,9 +145,11 @@ def test_outputs_and_gradients_match_float64_numpy(
 ):
     keys = cases.LENGTH if algorithm in CAUSAL else cases.KEYS
     prior, feature_map = cases.build(prior_name, map_name)
-    # Unit-scale q and k, as a layer scales them: by dim^(-1/4) each.
+    # Unit-scale q and k, as a layer scales them: by dim^(-1/4) each. Signed
+    # normalisers come near zero there, so trigonometric features get unit norm.
     query, key, value = cases.inputs(keys=keys)
-    arrays = [query * cases.DIM**-0.25, key * cases.DIM**-0.25, value]
+    power = -0.5 if map_name == "trigonometric" else -0.25
+    arrays = [query * cases.DIM**power, key * cases.DIM**power, value]
     mask = cases.key_mask(keys) if masked else None
     rng = np.random.default_rng(7)
     upstream = rng.normal(size=(*arrays[0].shape[:3], cases.VALUE_DIM))
@@ -191,63 +193,68 @@ def test_causal_step_and_quadratic_agree(map_name, masked):
             )
 
 
-@pytest.mark.parametrize("chunk", (1, 2, 8, 16, 64))
-@pytest.mark.parametrize("length", (1, 3, 16, 37))
-@pytest.mark.parametrize("map_name", ("positive", "trigonometric"))
-def test_any_chunk_size_and_length_give_the_same_answer(
-    map_name, length, chunk
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks of several chunks at the lengths of a test."""
+    monkeypatch.setattr(linear_attention, "CHUNK_SIZE", CHUNK)
+    monkeypatch.setattr(linear_attention, "_MAX_BLOCK", 2 * CHUNK)
+
+
+@pytest.mark.parametrize("masked", (False, True), ids=("whole", "padded"))
+@pytest.mark.parametrize("length", (1, 3, 8, 16, 37))
+@pytest.mark.parametrize("algorithm", ("bidirectional", "causal"))
+@pytest.mark.parametrize("map_name", cases.MAPS)
+def test_blocks_of_any_number_match_quadratic_with_gradients(
+    map_name, algorithm, length, masked, small_blocks
 ):
-    prior, feature_map = cases.build("normal", map_name)
-    bound = feature_map.bind(prior())
-    query, key, value = cases.inputs(length, length, scale=0.7)
-    output, state = linear_attention.causal(
-        query, key, value, bound, chunk_size=chunk
+    prior, feature_map = cases.build("mixture", map_name)
+    arrays = cases.inputs(length, length, scale=0.7)
+    mask = cases.key_mask(length + 3)[:, :length] if masked else None
+    upstream = np.random.default_rng(7).normal(size=arrays[2].shape)
+    upstream = (upstream / upstream.size**0.5).astype("float32")
+    slow = "quadratic-causal" if algorithm == "causal" else "quadratic"
+    answers = [
+        tensorflow_answer(a, prior, feature_map, arrays, mask, upstream)
+        for a in (algorithm, slow)
+    ]
+    np.testing.assert_allclose(
+        answers[0][0], answers[1][0], atol=1e-5, rtol=0
     )
-    expected, _ = linear_attention.quadratic(
-        query, key, value, bound, use_causal_mask=True
-    )
-    np.testing.assert_allclose(output, expected, atol=1e-5, rtol=0)
-    np.testing.assert_array_equal(state.count, length)
+    for name, gradient in answers[1][1].items():
+        np.testing.assert_allclose(
+            answers[0][1][name], gradient, atol=1e-5, rtol=0, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("map_name", cases.MAPS)
-def test_split_and_resume_gives_the_same_answer_state_and_gradients(map_name):
+def test_split_and_resume_gives_the_same_answer_state_and_gradients(
+    map_name, small_blocks
+):
     prior, feature_map = cases.build("mixture", map_name)
-    arrays = [tf.constant(x) for x in cases.inputs(29, 29, scale=0.7)]
+    arrays = tokens_first(*cases.inputs(29, 29, scale=0.7))
     mask = tf.constant(cases.key_mask(29))
     upstream = tf.constant(
         np.random.default_rng(3).normal(size=arrays[2].shape), tf.float32
     )
     answers = []
     for cut in (None, 1, 10, 28):
+        pieces = (0, 29) if cut is None else (0, cut, 29)
         with tf.GradientTape() as tape:
             tape.watch(arrays)
             bound = feature_map.bind(prior())
-            query, key, value = arrays
-            if cut is None:
+            state, outputs = None, []
+            for start, end in zip(pieces[:-1], pieces[1:], strict=True):
                 output, state = linear_attention.causal(
-                    query, key, value, bound, key_mask=mask
-                )
-            else:
-                first, state = linear_attention.causal(
-                    query[:, :, :cut],
-                    key[:, :, :cut],
-                    value[:, :, :cut],
+                    *(x[:, start:end] for x in arrays),
                     bound,
-                    key_mask=mask[:, :cut],
-                    chunk_size=CHUNK,
-                )
-                second, state = linear_attention.causal(
-                    query[:, :, cut:],
-                    key[:, :, cut:],
-                    value[:, :, cut:],
-                    bound,
-                    key_mask=mask[:, cut:],
+                    key_mask=mask[:, start:end],
                     state=state,
-                    chunk_size=CHUNK,
                 )
-                output = tf.concat([first, second], 2)
+                outputs.append(output)
+            output = tf.concat(outputs, axis=1)
+            # The state takes part in the loss, so its gradient counts too.
             loss = tf.reduce_mean(output * upstream)
+            loss += 1e-2 * tf.reduce_mean(tf.square(state.sums))
         gradients = tape.gradient(loss, arrays)
         answers.append((output, *state, *gradients))
     for answer in answers[1:]:
@@ -258,7 +265,9 @@ def test_split_and_resume_gives_the_same_answer_state_and_gradients(map_name):
 @pytest.mark.parametrize("masked", (False, True), ids=("whole", "padded"))
 @pytest.mark.parametrize("loud", (50.0, 200.0, 400.0))
 @pytest.mark.parametrize("algorithm", CAUSAL)
-def test_one_loud_future_key_leaves_the_past_alone(algorithm, loud, masked):
+def test_one_loud_future_key_leaves_the_past_alone(
+    algorithm, loud, masked, small_blocks
+):
     """A maximum over the whole sequence loses the past to underflow here."""
     rng = np.random.default_rng(0)
     shape = (cases.BATCH, cases.HEADS, cases.LENGTH, 17)
@@ -327,9 +336,10 @@ def test_masked_loud_key_leaves_dense_masks_exact(loud):
     with tf.GradientTape() as tape:
         tape.watch(tensors)
         output, weights = linear_attention.quadratic(
-            *tensors, Identity(), attention_mask=mask
+            *tokens_first(*tensors), Identity(), attention_mask=mask
         )
     gradients = tape.gradient(output, tensors)
+    output = tokens_first(output)[0]
     expected = reference.log_attention(
         *(x.astype("float64") for x in (log_query, log_key, value)), mask
     )
@@ -428,7 +438,9 @@ def test_normalizer_of_positive_features_is_between_one_and_all(map_name):
     bound = feature_map.bind(prior())
     for scale in (1.0, 10.0, 100.0):
         query, key, _ = cases.inputs(scale=scale)
-        query, key, _ = linear_attention._exponentiate(bound(query), bound(key))
+        maximum = linear_attention._maximum(bound(key))
+        query = linear_attention._exp_query(bound(query), maximum)
+        key = linear_attention._exp_key(bound(key), maximum)
         normalizer = tf.matmul(query, tf.reduce_sum(key, 2)[..., tf.newaxis])
         assert normalizer.numpy().min() >= 1.0
         assert normalizer.numpy().max() <= key.shape[2] * key.shape[3]
@@ -437,15 +449,13 @@ def test_normalizer_of_positive_features_is_between_one_and_all(map_name):
 def test_state_has_a_fixed_size_and_masked_tokens_leave_it_alone():
     prior, feature_map = cases.build("normal", "positive")
     bound = feature_map.bind(prior())
-    query, key, value = (
-        tf.constant(x) for x in cases.inputs(keys=cases.LENGTH)
-    )
+    query, key, value = tokens_first(*cases.inputs(keys=cases.LENGTH))
     _, state = linear_attention.causal(query, key, value, bound)
     for count in (1, 3):
         _, after = linear_attention.step(
-            query[:, :, :count],
-            1e6 * key[:, :, :count],
-            value[:, :, :count],
+            query[:, :count],
+            1e6 * key[:, :count],
+            value[:, :count],
             bound,
             state,
             key_mask=np.zeros((cases.BATCH, count), "bool"),
