@@ -20,11 +20,11 @@ COUPLINGS = ("orthogonal", "iid", "sobol")
 RADII = ("fixed", "chi")
 
 
-def uniform(shape: tuple[int, ...], seed: tf.Tensor) -> tf.Tensor:
+def uniform(shape, seed: tf.Tensor) -> tf.Tensor:
     """Uniform numbers in the open interval (0, 1), float32.
 
     Args:
-        shape: static shape of the result.
+        shape: shape of the result, integers or a tensor.
         seed: `(2,)` integer tensor.
     """
     words = tf.random.stateless_uniform(
@@ -35,20 +35,16 @@ def uniform(shape: tuple[int, ...], seed: tf.Tensor) -> tf.Tensor:
     return (bits + 0.5) * 2.0**-23
 
 
-def normal(shape: tuple[int, ...], seed: tf.Tensor) -> tf.Tensor:
+def normal(shape, seed: tf.Tensor) -> tf.Tensor:
     """Standard normal numbers by the Box-Muller transform, float32.
 
     Args:
-        shape: static shape of the result.
+        shape: shape of the result, integers or a tensor.
         seed: `(2,)` integer tensor.
     """
-    size = math.prod(shape)
-    half = (size + 1) // 2
-    words = uniform((2, half), seed)
+    words = uniform(tf.concat([[2], shape], axis=0), seed)
     radius = tf.sqrt(-2.0 * tf.math.log(words[0]))
-    angle = 2.0 * math.pi * words[1]
-    numbers = tf.concat([radius * tf.cos(angle), radius * tf.sin(angle)], 0)
-    return tf.reshape(numbers[:size], shape)
+    return radius * tf.cos(2.0 * math.pi * words[1])
 
 
 def draw(

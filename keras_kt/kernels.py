@@ -70,7 +70,7 @@ def closed_form(prior, feature_map, x, y):
     Returns:
         `(heads, n, m)` float64.
     """
-    x, y = np.asarray(x, "float64"), np.asarray(y, "float64")
+    x, y = (_each_head(points, prior.num_heads) for points in (x, y))
     if isinstance(prior, spectral_priors.FastFoodPrior):
         rows = prior.distribution().samples.numpy()
         return from_frequencies(rows, feature_map, x, y)
@@ -84,10 +84,10 @@ def closed_form(prior, feature_map, x, y):
             "`from_frequencies` with samples of `prior.distribution()`."
         )
     if isinstance(feature_map, feature_maps.TrigonometricFeatures):
-        delta = x[..., :, None, :] - y[..., None, :, :]
+        delta = x[:, :, None] - y[:, None]
         smoothing = np.asarray(feature_map.smoothing_weights, "float64")
         return law.characteristic(delta) + smoothing
-    total = x[..., :, None, :] + y[..., None, :, :]
+    total = x[:, :, None] + y[:, None]
     return law.positive(x, y, total, feature_map.prefactor)
 
 
@@ -103,21 +103,21 @@ def from_frequencies(frequencies, feature_map, x, y):
         `(heads, n, m)` float64.
     """
     omega = np.asarray(frequencies, "float64")
-    x, y = np.asarray(x, "float64"), np.asarray(y, "float64")
+    x, y = (_each_head(points, len(omega)) for points in (x, y))
     if isinstance(feature_map, feature_maps.TrigonometricFeatures):
-        delta = x[..., :, None, :] - y[..., None, :, :]
-        angles = np.einsum("...nmd,hfd->hnmf", delta, omega)
+        delta = x[:, :, None] - y[:, None]
+        angles = np.einsum("hnmd,hfd->hnmf", delta, omega)
         smoothing = np.asarray(feature_map.smoothing_weights, "float64")
         return np.cos(angles).mean(axis=-1) + smoothing
-    total = x[..., :, None, :] + y[..., None, :, :]
-    exponents = np.einsum("...nmd,hfd->hnmf", total, omega)
+    total = x[:, :, None] + y[:, None]
+    exponents = np.einsum("hnmd,hfd->hnmf", total, omega)
     terms = np.cosh if feature_map.two_sided else np.exp
     second = np.square(omega).mean(axis=1)
     if feature_map.prefactor == "isotropic":
         second = np.ones_like(second)
     share = 0.5 if feature_map.prefactor == "softmax" else 1.0
-    h_x = -share * np.einsum("...nd,hd->hn", x**2, second)
-    h_y = -share * np.einsum("...nd,hd->hn", y**2, second)
+    h_x = -share * np.einsum("hnd,hd->hn", x**2, second)
+    h_y = -share * np.einsum("hnd,hd->hn", y**2, second)
     return terms(exponents).mean(axis=-1) * np.exp(
         h_x[..., :, None] + h_y[..., None, :]
     )
@@ -134,7 +134,7 @@ class _Gaussian:
 
     def characteristic(self, delta):
         squares = self._squares(delta)
-        phases = np.einsum("...nmd,hcd->hcnm", delta, self.means)
+        phases = np.einsum("hnmd,hcd->hcnm", delta, self.means)
         radial = self._radial(-squares)
         return np.einsum(
             "hc,hcnm->hnm", self.probabilities, np.cos(phases) * radial
@@ -143,23 +143,20 @@ class _Gaussian:
     def positive(self, x, y, total, prefactor):
         terms = self._radial(self._squares(total))
         if prefactor != "softmax":
-            terms *= np.exp(np.einsum("...nmd,hcd->hcnm", total, self.means))
+            terms *= np.exp(np.einsum("hnmd,hcd->hcnm", total, self.means))
         norms = []
         for points in (x, y):
             if prefactor == "isotropic":
-                norm = np.broadcast_to(
-                    np.sum(points**2, -1)[..., None, :],
-                    (*self.probabilities.shape, points.shape[-2]),
-                )
+                norm = np.sum(points**2, axis=-1)[:, None]
             else:
-                mapped = np.einsum("...nd,hcde->hcne", points, self.factors)
+                mapped = np.einsum("hnd,hcde->hcne", points, self.factors)
                 norm = np.sum(mapped**2, axis=-1)
             norms.append((0.5 if prefactor == "softmax" else 1.0) * norm)
         terms *= np.exp(-norms[0][..., :, None] - norms[1][..., None, :])
         return np.einsum("hc,hcnm->hnm", self.probabilities, terms)
 
     def _squares(self, points):
-        mapped = np.einsum("...nmd,hcde->hcnme", points, self.factors)
+        mapped = np.einsum("hnmd,hcde->hcnme", points, self.factors)
         return np.sum(mapped**2, axis=-1)
 
     def _radial(self, squares):
@@ -177,30 +174,21 @@ class _Independent:
         self._variance = variance
 
     def characteristic(self, delta):
-        phases = np.einsum("...nmd,hd->hnm", delta, self.location)
-        factors = self._characteristic(
-            np.broadcast_to(
-                delta, (len(self.location), *delta.shape[-3:])
-            )
-        )
-        return np.cos(phases) * np.prod(factors, axis=-1)
+        phases = np.einsum("hnmd,hd->hnm", delta, self.location)
+        return np.cos(phases) * np.prod(self._characteristic(delta), axis=-1)
 
     def positive(self, x, y, total, prefactor):
         if self._moment is None:
             raise ValueError("This law has no moment generating function.")
-        heads = len(self.location)
-        terms = np.prod(
-            self._moment(np.broadcast_to(total, (heads, *total.shape[-3:]))),
-            axis=-1,
-        )
+        terms = np.prod(self._moment(total), axis=-1)
         variance = self._variance
         if prefactor == "isotropic":
             variance = np.ones_like(self.location)
         if prefactor != "softmax":
-            terms *= np.exp(np.einsum("...nmd,hd->hnm", total, self.location))
+            terms *= np.exp(np.einsum("hnmd,hd->hnm", total, self.location))
         share = 0.5 if prefactor == "softmax" else 1.0
-        h_x = share * np.einsum("...nd,hd->hn", x**2, variance)
-        h_y = share * np.einsum("...nd,hd->hn", y**2, variance)
+        h_x = share * np.einsum("hnd,hd->hn", x**2, variance)
+        h_y = share * np.einsum("hnd,hd->hn", y**2, variance)
         return terms * np.exp(-h_x[..., :, None] - h_y[..., None, :])
 
 
@@ -219,6 +207,14 @@ def sphere_moment(squares, dim):
         if np.all(np.abs(term) <= 1e-17 * np.abs(total)):
             break
     return total
+
+
+def _each_head(points, heads):
+    """`(heads, n, head_dim)` float64, from that or `(n, head_dim)`."""
+    points = np.asarray(points, "float64")
+    if points.ndim == 2:
+        points = np.broadcast_to(points, (heads, *points.shape))
+    return points
 
 
 def _gaussian(prior):

@@ -902,7 +902,9 @@ class DistributionPrior(SpectralPrior):
         distribution = self.distribution()
         with _portable_samplers():
             sample = distribution.sample(self.num_frequencies, seed=noise)
-        omega = tf.transpose(sample, (1, 0, 2))
+        shape = (self.num_heads, self.num_frequencies, self.head_dim)
+        # TFP loses static shapes in graphs.
+        omega = tf.ensure_shape(tf.transpose(sample, (1, 0, 2)), shape)
         moments = None
         if self.has_moment_generating_function:
             moments = _moments(distribution)
@@ -1141,7 +1143,7 @@ def _portable_samplers():
         shape, mean=0.0, stddev=1.0, dtype=tf.float32, seed=None, name=None
     ):
         seed = samplers.sanitize_seed(seed)
-        numbers = base_noise.normal(_static(shape), seed)
+        numbers = base_noise.normal(shape, seed)
         return tf.cast(numbers, dtype) * stddev + mean
 
     def uniform(
@@ -1152,7 +1154,7 @@ def _portable_samplers():
         low = tf.cast(minval, dtype)
         high = tf.cast(1.0 if maxval is None else maxval, dtype)
         seed = samplers.sanitize_seed(seed)
-        numbers = base_noise.uniform(_static(shape), seed)
+        numbers = base_noise.uniform(shape, seed)
         return low + (high - low) * tf.cast(numbers, dtype)
 
     plain_uniform = samplers.uniform
@@ -1161,8 +1163,3 @@ def _portable_samplers():
         mock.patch.object(samplers, "uniform", uniform),
     ):
         yield
-
-
-def _static(shape):
-    value = tf.get_static_value(tf.convert_to_tensor(shape, tf.int32))
-    return tuple(int(size) for size in value)

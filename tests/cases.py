@@ -83,6 +83,7 @@ PAIRS = [
 
 def build(prior_name, map_name, frequencies=FREQUENCIES, heads=HEADS, dim=DIM):
     """A built prior with perturbed weights, and a built feature map."""
+    keras.utils.set_random_seed(21)
     prior, feature_map = PRIORS[prior_name](), MAPS[map_name]()
     prior.build((heads, frequencies, dim))
     feature_map.build(heads)

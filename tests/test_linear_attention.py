@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -90,8 +92,7 @@ def tensorflow_answer(algorithm, prior, feature_map, arrays, mask, upstream):
     return output.numpy(), dict(zip(names, arrays, strict=True))
 
 
-def numpy_answer(algorithm, prior, feature_map, arrays, mask, upstream):
-    causal = algorithm in CAUSAL
+def numpy_answer(causal, prior, feature_map, arrays, mask, upstream):
     arrays = dict(
         zip(
             ("query", "key", "value"),
@@ -135,15 +136,10 @@ def numpy_answer(algorithm, prior, feature_map, arrays, mask, upstream):
     return losses(keep=None).real, gradients
 
 
-@pytest.mark.parametrize("masked", (False, True), ids=("whole", "padded"))
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize(
-    "prior_name, map_name", cases.PAIRS, ids=lambda name: name
-)
-def test_outputs_and_gradients_match_float64_numpy(
-    prior_name, map_name, algorithm, masked
-):
-    keys = cases.LENGTH if algorithm in CAUSAL else cases.KEYS
+@functools.cache
+def solved(prior_name, map_name, causal, masked):
+    """A problem and its NumPy answer, shared by the algorithms."""
+    keys = cases.LENGTH if causal else cases.KEYS
     prior, feature_map = cases.build(prior_name, map_name)
     # Unit-scale q and k, as a layer scales them: by dim^(-1/4) each. Signed
     # normalisers come near zero there, so trigonometric features get unit norm.
@@ -152,17 +148,30 @@ def test_outputs_and_gradients_match_float64_numpy(
     arrays = [query * cases.DIM**power, key * cases.DIM**power, value]
     mask = cases.key_mask(keys) if masked else None
     rng = np.random.default_rng(7)
-    upstream = rng.normal(size=(*arrays[0].shape[:3], cases.VALUE_DIM))
+    upstream = rng.normal(size=(*query.shape[:3], cases.VALUE_DIM))
     upstream = (upstream / upstream.size**0.5).astype("float32")
-    problem = (algorithm, prior, feature_map, arrays, mask, upstream)
-    output, gradients = tensorflow_answer(*problem)
-    expected, expected_gradients = numpy_answer(*problem)
-    np.testing.assert_allclose(output, expected, atol=2e-5, rtol=0)
-    assert gradients.keys() == expected_gradients.keys()
+    problem = (prior, feature_map, arrays, mask, upstream)
+    return problem, numpy_answer(causal, *problem)
+
+
+@pytest.mark.parametrize("masked", (False, True), ids=("whole", "padded"))
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "prior_name, map_name", cases.PAIRS, ids=lambda name: name
+)
+def test_outputs_and_gradients_match_float64_numpy(
+    prior_name, map_name, algorithm, masked
+):
+    problem, expected = solved(
+        prior_name, map_name, algorithm in CAUSAL, masked
+    )
+    output, gradients = tensorflow_answer(algorithm, *problem)
+    np.testing.assert_allclose(output, expected[0], atol=2e-5, rtol=0)
+    assert gradients.keys() == expected[1].keys()
     for name, gradient in gradients.items():
         np.testing.assert_allclose(
             gradient,
-            expected_gradients[name],
+            expected[1][name],
             atol=2e-5,
             rtol=0,
             err_msg=f"gradient to {name}",
@@ -201,7 +210,7 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("masked", (False, True), ids=("whole", "padded"))
-@pytest.mark.parametrize("length", (1, 3, 8, 16, 37))
+@pytest.mark.parametrize("length", (1, 8, 37))
 @pytest.mark.parametrize("algorithm", ("bidirectional", "causal"))
 @pytest.mark.parametrize("map_name", cases.MAPS)
 def test_blocks_of_any_number_match_quadratic_with_gradients(
