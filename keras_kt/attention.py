@@ -325,7 +325,7 @@ class KernelizedAttention(keras.layers.Layer):
         use_causal_mask=False,
     ):
         key = value if key is None else key
-        _check_batches(query, value, key)
+        _check_tensors(query, value, key)
         if query_mask is None:
             query_mask = getattr(query, "_keras_mask", None)
         # Handled here: the projections would only warn that they lose them.
@@ -620,7 +620,7 @@ class KernelizedAttention(keras.layers.Layer):
         training=None,
         use_causal_mask=False,
     ):
-        _check_batches(query, value, value if key is None else key)
+        _check_tensors(query, value, value if key is None else key)
         shape = self.compute_output_shape(
             query.shape, value.shape, None if key is None else key.shape
         )
@@ -942,7 +942,7 @@ def _check_shapes(query_shape, value_shape, key_shape):
         )
 
 
-def _check_batches(query, value, key):
+def _check_tensors(query, value, key):
     sizes = {x.shape[0] for x in (query, value, key)} - {None}
     if len(sizes) > 1:
         raise ValueError(
@@ -950,3 +950,6 @@ def _check_batches(query, value, key):
             f"Received: query of shape {tuple(query.shape)}, value of shape "
             f"{tuple(value.shape)} and key of shape {tuple(key.shape)}"
         )
+    for one, other in zip(value.shape[1:-1], key.shape[1:-1], strict=False):
+        if None not in (one, other) and one != other:
+            _check_shapes(query.shape, value.shape, key.shape)

@@ -1,0 +1,83 @@
+"""What every public layer promises, as one check."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+def layer_contract(
+    make, shapes, tmp_path, *, call=None, exact_jit=1e-5, jit_fit=False
+):
+    """Checks a layer as Keras users use layers.
+
+    Args:
+        make: function that makes the layer, unbuilt.
+        shapes: shapes of the call's tensors, batch first.
+        tmp_path: folder for files.
+        call: keyword arguments of every call.
+        exact_jit: tolerance between XLA, graphs and eager.
+        jit_fit: whether to compile the training step with XLA too.
+    """
+    call = call or {}
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=shape).astype("float32") for shape in shapes]
+    layer = make()
+    config = keras.saving.serialize_keras_object(layer)
+    again = keras.saving.deserialize_keras_object(config)
+    assert keras.saving.serialize_keras_object(again) == config
+    assert dir(again) == dir(layer)
+
+    # Symbolic with dynamic batch and length, then eager.
+    inputs = [
+        keras.Input((*[None] * (len(s) - 2), s[-1]), dtype="float32")
+        for s in shapes
+    ]
+    model = keras.Model(inputs, layer(*inputs, **call))
+    eager = layer(*arrays, **call)
+    assert model.output.shape[-1] == eager.shape[-1]
+    np.testing.assert_allclose(model(arrays), eager, atol=exact_jit)
+    static = keras.Model(
+        fixed := [keras.Input(batch_shape=s) for s in shapes],
+        layer(*fixed, **call),
+    )
+    assert tuple(static.output.shape) == tuple(eager.shape)
+
+    compiled = tf.function(model, jit_compile=True)(arrays)
+    np.testing.assert_allclose(compiled, eager, atol=exact_jit)
+
+    model.compile("adam", "mse", jit_compile=jit_fit)
+    before = [w.numpy() for w in layer.trainable_weights]
+    model.fit(arrays, np.ones_like(eager), batch_size=1, verbose=0)
+    after = [w.numpy() for w in layer.trainable_weights]
+    assert all(np.isfinite(w).all() for w in after)
+    moved = [
+        np.abs(a - b).max() > 0 for a, b in zip(before, after, strict=True)
+    ]
+    assert sum(moved) >= len(moved) - 1  # a key bias may cancel
+
+    path = tmp_path / "model.keras"
+    model.save(path)
+    loaded = keras.saving.load_model(path)
+    expected = model.predict(arrays, verbose=0)
+    np.testing.assert_array_equal(loaded.predict(arrays, verbose=0), expected)
+
+    model.export(tmp_path / "saved_model", verbose=False)
+    served = tf.saved_model.load(tmp_path / "saved_model")
+    tensors = [tf.constant(a) for a in arrays]
+    # One argument a tensor, whether there is one or several.
+    single = tensors[0] if len(tensors) == 1 else tensors
+    np.testing.assert_allclose(served.serve(single), model(arrays), atol=exact_jit)
+
+    for policy in ("mixed_bfloat16", "mixed_float16"):
+        half = make()
+        half.dtype_policy = policy
+        half_arrays = [tf.cast(a, half.compute_dtype) for a in arrays]
+        half_output = half(*half_arrays, **call)
+        assert half_output.dtype == half.compute_dtype
+        assert np.isfinite(tf.cast(half_output, "float32")).all()
+        for mine, weight in zip(half.weights, layer.weights, strict=True):
+            mine.assign(weight)
+        half_output = half(*half_arrays, **call)
+        np.testing.assert_allclose(
+            tf.cast(half_output, "float32"), layer(*arrays, **call), atol=0.1
+        )
