@@ -681,7 +681,8 @@ def test_wrong_tensors_name_what_is_expected():
     )
     wrong("must be equal", lambda: layer(x, x, x[:, :5]))
     wrong("must be equal", lambda: layer.compute_output_shape((2, 4, 8), (2, 2, 8), (2, 1, 7)))
-    wrong("same rank", lambda: layer(x, array((2, 3, 4, 6))))
+    fresh = keras_kt.KernelizedAttention(2, 4)
+    wrong("same rank", lambda: fresh(x, array((2, 3, 4, 6))))
     layer(x, x)
     wrong(
         r"A \(batch, key_length\) padding mask is `value_mask`",

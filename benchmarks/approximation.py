@@ -1,0 +1,156 @@
+"""Error of the attention matrix against softmax, by coupling of the features.
+
+Random queries and keys on a sphere, |q|² = |k|² = tau; every method sees the
+same inputs for the same seed, and has the same number of features D. Reports
+the relative Frobenius error of the row-normalised matrix, median over seeds,
+beside the error of replacing attention by the uniform matrix.
+
+    python benchmarks/approximation.py --output results/approximation
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+import tensorflow as tf
+
+import keras_kt
+from keras_kt import kernels
+
+# Coupling, radius, two-sided.
+METHODS = {
+    "iid": ("iid", "chi", False),
+    "Sobol": ("sobol", "chi", False),
+    "Performer (orthogonal)": ("orthogonal", "chi", False),
+    "two-sided iid": ("iid", "chi", True),
+    "two-sided orthogonal": ("orthogonal", "chi", True),
+    "default (two-sided, fixed radius)": ("orthogonal", "fixed", True),
+}
+
+
+def attention_matrix(method, num_features, query, key, seed):
+    """Row-normalised matrix of one draw of a method's features."""
+    coupling, radius, two_sided = METHODS[method]
+    prior = keras_kt.NormalPrior(coupling=coupling, radius=radius, seed=seed)
+    feature_map = keras_kt.PositiveFeatures(two_sided=two_sided)
+    head_dim = query.shape[-1]
+    count = feature_map.num_frequencies(num_features)
+    prior.build((1, count, head_dim))
+    feature_map.build(1)
+    features = feature_map.bind(prior())
+    query, key = (
+        tf.exp(tf.cast(features(x[np.newaxis, np.newaxis]), tf.float64))
+        for x in (query, key)
+    )
+    kernel = tf.matmul(query, key, transpose_b=True)[0, 0]
+    return kernels.kernel_attention(kernel, key[0, 0])[1]
+
+
+def errors(args, tau, num_features):
+    """Relative errors of each method, one a seed."""
+    result = {name: [] for name in (*METHODS, "uniform")}
+    for seed in range(args.seeds):
+        rng = np.random.default_rng(seed)
+        query, key = rng.normal(size=(2, args.length, args.head_dim))
+        query, key = (
+            (np.sqrt(tau) * x / np.linalg.norm(x, axis=-1, keepdims=True))
+            for x in (query, key)
+        )
+        query, key = query.astype("float32"), key.astype("float32")
+        exact = kernels.softmax_attention(query, key, key)[1]
+        for name in METHODS:
+            estimate = attention_matrix(name, num_features, query, key, seed)
+            result[name].append(_relative(estimate, exact))
+        uniform = np.full_like(exact, 1.0 / args.length)
+        result["uniform"].append(_relative(uniform, exact))
+    return result
+
+
+def _relative(estimate, exact):
+    return float(np.linalg.norm(estimate - exact) / np.linalg.norm(exact))
+
+
+def plot(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    taus = sorted({row["tau"] for row in rows})
+    figure, axes = plt.subplots(
+        1, len(taus), figsize=(4 * len(taus), 3.6), sharey=True, squeeze=False
+    )
+    for axis, tau in zip(axes[0], taus, strict=True):
+        for name in (*METHODS, "uniform"):
+            points = [r for r in rows if r["tau"] == tau and r["method"] == name]
+            style = "k:" if name == "uniform" else "o-"
+            width = 2.5 if name.startswith("default") else 1.2
+            axis.loglog(
+                [p["num_features"] for p in points],
+                [p["median"] for p in points],
+                style,
+                label=name,
+                linewidth=width,
+                markersize=4,
+            )
+        axis.set_title(f"|q|² = |k|² = {tau:g}")
+        axis.set_xlabel("features D")
+        axis.set_xticks(sorted({r["num_features"] for r in rows}))
+        axis.get_xaxis().set_major_formatter("{x:.0f}")
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("relative error of the attention matrix")
+    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--tau", type=float, nargs="+", default=[0.5, 1.0, 2.0])
+    parser.add_argument(
+        "--features", type=int, nargs="+", default=[64, 128, 256, 512]
+    )
+    parser.add_argument("--output", default="results/approximation")
+    args = parser.parse_args()
+    rows = []
+    for tau in args.tau:
+        for num_features in args.features:
+            for name, values in errors(args, tau, num_features).items():
+                rows.append(
+                    {
+                        "tau": tau,
+                        "num_features": num_features,
+                        "method": name,
+                        "median": float(np.median(values)),
+                        "errors": values,
+                    }
+                )
+                print(
+                    f"tau {tau:<4g} D {num_features:<5d} {name:34s} "
+                    f"{np.median(values):.4f}",
+                    flush=True,
+                )
+    path = Path(args.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"arguments": vars(args), "rows": rows}
+    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    try:
+        plot(rows, path.with_suffix(".png"))
+    except ImportError:
+        print("matplotlib is missing: pip install 'keras_kt[plot]' for a plot")
+    print(f"wrote {path.with_suffix('.json')} and {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What holds for the package as a whole: names, docs, imports, tidiness."""
+
+import ast
+import doctest
+import inspect
+import re
+import subprocess
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+import keras_kt
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "keras_kt"
+# Each module may import only those before it.
+ORDER = (
+    "base_noise",
+    "spectral_priors",
+    "feature_maps",
+    "linear_attention",
+    "attention",
+    "systems",
+    "kernels",
+)
+GLOBALS = {
+    "keras": keras,
+    "keras_kt": keras_kt,
+    "np": np,
+    "tf": tf,
+    "tfd": tfp.distributions,
+}
+
+
+def tracked_files():
+    listing = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [ROOT / name for name in listing.stdout.split()]
+
+
+def test_imports_point_upstream_only():
+    names = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert names == set(ORDER)
+    for index, name in enumerate(ORDER):
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            if node.module == "keras_kt":
+                imported = [alias.name for alias in node.names]
+            elif (node.module or "").startswith("keras_kt."):
+                imported = [node.module.split(".")[1]]
+            else:
+                continue
+            assert set(imported) <= set(ORDER[:index]), (name, imported)
+
+
+def test_only_the_priors_and_their_oracle_import_tfp():
+    users = [
+        path.stem
+        for path in PACKAGE.glob("*.py")
+        if "tensorflow_probability" in path.read_text()
+    ]
+    assert sorted(users) == ["kernels", "spectral_priors"]
+
+
+@pytest.mark.parametrize("name", keras_kt.__all__)
+def test_public_names_are_documented_and_serialisable(name):
+    value = getattr(keras_kt, name)
+    if inspect.isclass(value) or inspect.isfunction(value):
+        assert inspect.getdoc(value)
+    if inspect.isclass(value) and issubclass(value, keras.layers.Layer):
+        if name in ("SpectralPrior", "FeatureMap"):
+            return  # abstract
+        registered = keras.saving.get_registered_name(value)
+        assert registered == f"keras_kt>{name}"
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_public_functions_are_documented(name):
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    assert ast.get_docstring(tree)
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            if not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{name}.{node.name}"
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in keras_kt.__all__ if inspect.getdoc(getattr(keras_kt, n))]
+)
+def test_docstring_examples_run_as_written(name):
+    parser = doctest.DocTestParser()
+    examples = parser.get_doctest(
+        inspect.getdoc(getattr(keras_kt, name)), dict(GLOBALS), name, None, 0
+    )
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    assert runner.run(examples).failed == 0
+
+
+def test_readme_code_runs_as_written(tmp_path, monkeypatch):
+    """All Python blocks, one after the other, in one namespace."""
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) >= 3
+    namespace = {}
+    for index, block in enumerate(blocks):
+        code = compile(block, f"README.md, block {index + 1}", "exec")
+        exec(code, namespace)  # noqa: S102
+
+
+def test_readme_links_lead_somewhere():
+    readme = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#]+?)\)", readme):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_no_machine_paths_downloads_or_large_files():
+    machine = re.compile(r"(^|[^\w.-])/(work|root|home|tmp)/")
+    for path in tracked_files():
+        if not path.exists():
+            continue
+        assert path.stat().st_size < 2**20, path
+        if path.suffix in (".py", ".md", ".toml", ".ini", ".txt", ""):
+            text = path.read_text()
+            if path != Path(__file__):
+                assert not machine.search(text), path
+    for path in PACKAGE.glob("*.py"):
+        text = path.read_text()
+        assert "get_file(" not in text and "urllib" not in text, path
