@@ -12,5 +12,3 @@ tf.config.set_visible_devices([], "GPU")
 @pytest.fixture(autouse=True)
 def _seeded():
     keras.utils.set_random_seed(1234)
-    yield
-    keras.backend.clear_session()
