@@ -407,11 +407,11 @@ class KernelizedAttention(keras.layers.Layer):
                 "`attention_mask`."
             )
         folding = _Folding(query, value, axes)
+        if attention_mask is not None:
+            attention_mask = folding.fold_dense_mask(attention_mask)
         needs_matrix = self._needs_matrix(
             attention_mask, return_attention_scores
         )
-        if attention_mask is not None:
-            attention_mask = folding.fold_dense_mask(attention_mask)
         if self.sliding_window is not None:
             band = folding.band(self.sliding_window)
             attention_mask = _both(attention_mask, band)
