@@ -86,7 +86,9 @@ def plot(rows, path):
     )
     for axis, tau in zip(axes[0], taus, strict=True):
         for name in (*METHODS, "uniform"):
-            points = [r for r in rows if r["tau"] == tau and r["method"] == name]
+            points = [
+                r for r in rows if r["tau"] == tau and r["method"] == name
+            ]
             style = "k:" if name == "uniform" else "o-"
             width = 2.5 if name.startswith("default") else 1.2
             axis.loglog(

@@ -222,7 +222,9 @@ def check_agreement(args):
     scale = args.head_dim**-0.25
     errors = {}
     for name, function in core_columns(args).items():
-        mask = np.tril(np.ones((128, 128), "bool")) if "causal" in name else None
+        mask = (
+            np.tril(np.ones((128, 128), "bool")) if "causal" in name else None
+        )
         exact, _ = kernels.softmax_attention(
             query * scale, key * scale, value, mask
         )
@@ -236,7 +238,9 @@ def check_agreement(args):
     deviation = float(np.abs(own - fast).max())
     if deviation > 1e-4:
         raise SystemExit(f"The linear route is wrong by {deviation}.")
-    print("relative error to softmax at 128 tokens, |q|² = |k|² = 1 after scaling:")
+    print(
+        "relative error to softmax at 128 tokens, |q|² = |k|² = 1 after scaling:"
+    )
     for name, error in errors.items():
         print(f"  {name:28s} {error:.3f}")
     print(f"  ours, linear against quadratic: {deviation:.1e} (absolute)")
@@ -264,7 +268,9 @@ def compiled_columns(args, level, batch, length):
             for jit in (False, True):
                 compiled = tf.function(wanted, jit_compile=jit)
                 runs[name, mode, jit] = (
-                    lambda compiled=compiled, tensors=tensors: compiled(*tensors)
+                    lambda compiled=compiled, tensors=tensors: compiled(
+                        *tensors
+                    )
                 )
     return runs
 
@@ -288,7 +294,9 @@ def measure(runs, repeats):
 def _wait(outputs):
     for output in tf.nest.flatten(outputs):
         if output is not None:
-            output.numpy() if output.shape.num_elements() < 9 else output[..., :1]
+            output.numpy() if output.shape.num_elements() < 9 else output[
+                ..., :1
+            ]
 
 
 def timings(args):
@@ -340,9 +348,7 @@ def print_table(rows, level, length):
         )
         floor = best(rows, level=level, length=length, column="floor")
         for name in columns:
-            row = best(
-                rows, level=level, length=length, column=name, mode=mode
-            )
+            row = best(rows, level=level, length=length, column=name, mode=mode)
             if row is None:
                 continue
             low, high = (1e3 * q for q in row["quartiles"])

@@ -793,9 +793,8 @@ class _Folding:
         known = [
             (g, p) for g, p in zip(got, pairs, strict=False) if _is_known(g, p)
         ]
-        if (
-            not len(pairs) <= mask.shape.rank <= rank
-            or any(g not in (1, p) for g, p in known)
+        if not len(pairs) <= mask.shape.rank <= rank or any(
+            g not in (1, p) for g, p in known
         ):
             raise ValueError(
                 "`attention_mask` must broadcast to (batch, heads, "
@@ -856,7 +855,11 @@ def _match_length(query, key, value, key_mask):
         key_mask = tf.ones(tf.shape(key)[:2], "bool")
     if length is None:
         length = tf.shape(query)[1]
-    key, value, key_mask = key[:, :length], value[:, :length], key_mask[:, :length]
+    key, value, key_mask = (
+        key[:, :length],
+        value[:, :length],
+        key_mask[:, :length],
+    )
     missing = length - tf.shape(key)[1]
     padding = ((0, 0), (0, missing), (0, 0), (0, 0))
     key, value = tf.pad(key, padding), tf.pad(value, padding)

@@ -250,7 +250,9 @@ def step(query, key, value, feature_map, state, *, key_mask=None):
         return causal(
             query, key, value, feature_map, key_mask=key_mask, state=state
         )
-    query, key, value = (tf.transpose(x, (0, 2, 1, 3)) for x in (query, key, value))
+    query, key, value = (
+        tf.transpose(x, (0, 2, 1, 3)) for x in (query, key, value)
+    )
     keep = None
     if key_mask is not None:
         keep = tf.cast(key_mask, "bool")[:, tf.newaxis, :, tf.newaxis]
@@ -289,7 +291,9 @@ def quadratic(
         Outputs as in `bidirectional`, and the attention weights
         `(batch, heads, query_length, key_length)`.
     """
-    query, key, value = (tf.transpose(x, (0, 2, 1, 3)) for x in (query, key, value))
+    query, key, value = (
+        tf.transpose(x, (0, 2, 1, 3)) for x in (query, key, value)
+    )
     visible = tf.ones((_size(query, 2), _size(key, 2)), "bool")
     visible = visible[tf.newaxis, tf.newaxis]
     keep = None
@@ -302,7 +306,10 @@ def quadratic(
         visible = tf.logical_and(visible, seen)
         keep = tf.linalg.matrix_transpose(seen)
         value = tf.where(keep, value, 0.0)
-    log_query, log_key = feature_map(query), _key_features(feature_map, key, keep)
+    log_query, log_key = (
+        feature_map(query),
+        _key_features(feature_map, key, keep),
+    )
     query, key = log_query, log_key
     if feature_map.positive:
         maximum = _maximum(log_key)

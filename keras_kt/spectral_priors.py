@@ -299,7 +299,9 @@ class _GaussianPrior(SpectralPrior):
         """Component means, `(heads, components, head_dim)`."""
         self._require_built()
         if not self.use_mean:
-            return tf.zeros((self.num_heads, self.num_components, self.head_dim))
+            return tf.zeros(
+                (self.num_heads, self.num_components, self.head_dim)
+            )
         return self._for_heads(self._mean)
 
     @property
@@ -872,10 +874,7 @@ class DistributionPrior(SpectralPrior):
                 "`distribution_fn` must return a tfd.Distribution. "
                 f"Received: {distribution}"
             )
-        if (
-            distribution.reparameterization_type
-            != tfd.FULLY_REPARAMETERIZED
-        ):
+        if distribution.reparameterization_type != tfd.FULLY_REPARAMETERIZED:
             raise ValueError(
                 "A spectral prior is trained through its samples, so its "
                 "distribution must be fully reparameterised. Received: "
@@ -935,7 +934,8 @@ class DistributionPrior(SpectralPrior):
         except NotImplementedError:
             with _portable_samplers():
                 omega = distribution.sample(
-                    self.num_frequencies, seed=tf.convert_to_tensor(self.base_noise)
+                    self.num_frequencies,
+                    seed=tf.convert_to_tensor(self.base_noise),
                 )
             ratio = distribution.log_prob(omega) - reference.log_prob(omega)
             return tf.reduce_mean(ratio, axis=0)

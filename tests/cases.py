@@ -139,9 +139,7 @@ def reference_frequencies(prior, weights, noise):
             np.ones((len(scale), 1)),
             reference.matrix(scale)[:, None],
         )
-    return reference.gaussian_frequencies(
-        weights, noise, prior.num_components
-    )
+    return reference.gaussian_frequencies(weights, noise, prior.num_components)
 
 
 def reference_noise(prior):

@@ -66,7 +66,9 @@ def layer_contract(
     tensors = [tf.constant(a) for a in arrays]
     # One argument a tensor, whether there is one or several.
     single = tensors[0] if len(tensors) == 1 else tensors
-    np.testing.assert_allclose(served.serve(single), model(arrays), atol=exact_jit)
+    np.testing.assert_allclose(
+        served.serve(single), model(arrays), atol=exact_jit
+    )
 
     for policy in ("mixed_bfloat16", "mixed_float16"):
         half = make()

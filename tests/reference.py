@@ -50,9 +50,7 @@ def atoms(omega):
 
 def hadamard(size):
     rows = np.arange(size)
-    parity = np.array(
-        [[bin(i & j).count("1") % 2 for j in rows] for i in rows]
-    )
+    parity = np.array([[bin(i & j).count("1") % 2 for j in rows] for i in rows])
     return 1.0 - 2.0 * parity
 
 

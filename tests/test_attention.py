@@ -217,9 +217,7 @@ def test_every_mask_reaches_the_output(causal):
         key_mask=key_mask,
         use_causal_mask=causal,
     )
-    dense = (
-        query_mask[:, :, None] & value_mask[:, None] & key_mask[:, None]
-    )
+    dense = query_mask[:, :, None] & value_mask[:, None] & key_mask[:, None]
     if causal:
         dense &= np.tril(np.ones((11, 13), "bool"))
     slow = layer(
@@ -239,9 +237,7 @@ def test_keras_masks_are_picked_up_and_passed_on():
     automatic = layer(masked, masked)
     np.testing.assert_array_equal(automatic._keras_mask, tokens > 0)
     plain = tf.constant(masked.numpy())
-    explicit = layer(
-        plain, plain, query_mask=tokens > 0, value_mask=tokens > 0
-    )
+    explicit = layer(plain, plain, query_mask=tokens > 0, value_mask=tokens > 0)
     np.testing.assert_array_equal(automatic, explicit)
     inputs = keras.Input((None,), dtype="int32")
     x = embed(inputs)
@@ -324,9 +320,7 @@ def test_attention_axes_match_folding_by_hand(query, value, axes):
         batch = int(np.prod(x.shape[: 1 + len(free)]))
         return x.reshape(batch, -1, *x.shape[len(order) - len(last) :])
 
-    expected = flat(
-        folded(q), folded(v), value_mask=folded(value_mask)
-    )
+    expected = flat(folded(q), folded(v), value_mask=folded(value_mask))
     np.testing.assert_allclose(folded(outputs[0].numpy()), expected, atol=1e-5)
 
 
@@ -340,8 +334,10 @@ def test_dense_masks_of_every_rank_mean_what_they_mean_in_keras(rank):
     _, scores = layer(
         query, value, attention_mask=mask, return_attention_scores=True
     )
-    full = mask if rank == 4 else mask.reshape(
-        (1, 1, 11, 13) if rank == 2 else (2, 1, 11, 13)
+    full = (
+        mask
+        if rank == 4
+        else mask.reshape((1, 1, 11, 13) if rank == 2 else (2, 1, 11, 13))
     )
     full = np.broadcast_to(full, scores.shape)
     np.testing.assert_array_equal(scores.numpy()[~full], 0.0)
@@ -586,9 +582,7 @@ def test_scores_are_the_weights_that_made_the_output():
     output, scores = layer(query, value, return_attention_scores=True)
     assert scores.shape == (2, 3, 11, 13)
     np.testing.assert_allclose(tf.reduce_sum(scores, -1), 1.0, atol=1e-5)
-    heads = tf.einsum(
-        "bhts,bshe->bthe", scores, layer.value_dense(value)
-    )
+    heads = tf.einsum("bhts,bshe->bthe", scores, layer.value_dense(value))
     np.testing.assert_allclose(layer.output_dense(heads), output, atol=1e-5)
     np.testing.assert_allclose(layer(query, value), output, atol=1e-5)
 
@@ -623,15 +617,23 @@ def test_wrong_arguments_name_what_is_expected():
             lambda bad=bad: make(4, 4, num_features=bad),
         )
     for bad in (-0.1, 1.0, 1.5, "half"):
-        wrong(r"`dropout` must be a number in \[0, 1\)", lambda bad=bad: make(2, 4, dropout=bad))
+        wrong(
+            r"`dropout` must be a number in \[0, 1\)",
+            lambda bad=bad: make(2, 4, dropout=bad),
+        )
     wrong("Invalid `output_shape`", lambda: make(2, 4, output_shape=8.0))
     wrong("`attention_axes` must be", lambda: make(2, 4, attention_axes=1.0))
     wrong("`sliding_window` must be", lambda: make(2, 4, sliding_window=0))
     wrong("`qk_norm` must be one of", lambda: make(2, 4, qk_norm="rms"))
     wrong("`redraw` must be one of", lambda: make(2, 4, redraw="epoch"))
     wrong("`implementation` must be", lambda: make(2, 4, implementation="x"))
-    wrong("`spectral_prior` must be one of", lambda: make(2, 4, spectral_prior="gmm"))
-    wrong("`feature_map` must be one of", lambda: make(2, 4, feature_map="relu"))
+    wrong(
+        "`spectral_prior` must be one of",
+        lambda: make(2, 4, spectral_prior="gmm"),
+    )
+    wrong(
+        "`feature_map` must be one of", lambda: make(2, 4, feature_map="relu")
+    )
     wrong(
         "num_features=2, num_components=4. Raise `num_features`",
         lambda: make(
@@ -657,9 +659,7 @@ def test_wrong_arguments_name_what_is_expected():
         )
     wrong(
         "cancels the mean",
-        lambda: make(
-            2, 4, spectral_prior=keras_kt.NormalPrior(use_mean=True)
-        ),
+        lambda: make(2, 4, spectral_prior=keras_kt.NormalPrior(use_mean=True)),
     )
     wrong("`prefactor` must be one of", lambda: keras_kt.PositiveFeatures("x"))
     wrong(
@@ -677,10 +677,15 @@ def test_wrong_tensors_name_what_is_expected():
     wrong("same batch size", lambda: layer(x, x[:1]))
     wrong(
         "same batch size",
-        lambda: layer(keras.KerasTensor((2, 3, 6)), keras.KerasTensor((5, 3, 6))),
+        lambda: layer(
+            keras.KerasTensor((2, 3, 6)), keras.KerasTensor((5, 3, 6))
+        ),
     )
     wrong("must be equal", lambda: layer(x, x, x[:, :5]))
-    wrong("must be equal", lambda: layer.compute_output_shape((2, 4, 8), (2, 2, 8), (2, 1, 7)))
+    wrong(
+        "must be equal",
+        lambda: layer.compute_output_shape((2, 4, 8), (2, 2, 8), (2, 1, 7)),
+    )
     fresh = keras_kt.KernelizedAttention(2, 4)
     wrong("same rank", lambda: fresh(x, array((2, 3, 4, 6))))
     layer(x, x)

@@ -179,9 +179,7 @@ def test_trigonometric_features_have_the_variance_that_theory_gives():
     prior.build((heads, 8, DIM))
     feature_map.build(heads)
     tile = (heads, 1, 1)
-    got = estimates(
-        prior, feature_map, np.tile(x, tile), np.tile(y, tile), 200
-    )
+    got = estimates(prior, feature_map, np.tile(x, tile), np.tile(y, tile), 200)
     square = np.sum((x - y) ** 2)
     k, k_double = np.exp(-0.5 * square), np.exp(-2.0 * square)
     expected = (1 + k_double - 2 * k**2) / 2 / 8

@@ -229,9 +229,7 @@ def test_blocks_of_any_number_match_quadratic_with_gradients(
         tensorflow_answer(a, prior, feature_map, arrays, mask, upstream)
         for a in (algorithm, slow)
     ]
-    np.testing.assert_allclose(
-        answers[0][0], answers[1][0], atol=1e-5, rtol=0
-    )
+    np.testing.assert_allclose(answers[0][0], answers[1][0], atol=1e-5, rtol=0)
     for name, gradient in answers[1][1].items():
         np.testing.assert_allclose(
             answers[0][1][name], gradient, atol=1e-5, rtol=0, err_msg=name
@@ -422,9 +420,7 @@ def test_rows_that_see_nothing_are_zero_with_zero_gradients(
 @pytest.mark.parametrize("scale", (1.0, 3.0, 10.0, 30.0, 100.0))
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("map_name", cases.MAPS)
-def test_large_inputs_stay_finite_and_do_not_vanish(
-    map_name, algorithm, scale
-):
+def test_large_inputs_stay_finite_and_do_not_vanish(map_name, algorithm, scale):
     prior, feature_map = cases.build("normal", map_name)
     query, key, value = cases.inputs(keys=cases.LENGTH)
     arrays = [scale * query, scale * key, value + 3.0]

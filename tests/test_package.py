@@ -96,7 +96,8 @@ def test_public_functions_are_documented(name):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in keras_kt.__all__ if inspect.getdoc(getattr(keras_kt, n))]
+    "name",
+    [n for n in keras_kt.__all__ if inspect.getdoc(getattr(keras_kt, n))],
 )
 def test_docstring_examples_run_as_written(name):
     parser = doctest.DocTestParser()

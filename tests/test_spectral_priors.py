@@ -228,7 +228,9 @@ def test_wrong_arguments_name_what_is_expected():
         keras_kt.GeneratorPrior(hidden_units=(3, 0))
     with pytest.raises(ValueError, match="`spectral_prior` must be one of"):
         spectral_priors.get("gaussian")
-    with pytest.raises(ValueError, match="`distribution_fn` must be a function"):
+    with pytest.raises(
+        ValueError, match="`distribution_fn` must be a function"
+    ):
         keras_kt.DistributionPrior("normal", {})
 
 

@@ -27,7 +27,9 @@ def test_every_system_trains(name):
     layer = keras_kt.KernelizedAttention(
         2, 8, **keras_kt.paper_system(name, key_dim=8)
     )
-    x = tf.constant(np.random.default_rng(0).normal(size=(2, 11, 5)), tf.float32)
+    x = tf.constant(
+        np.random.default_rng(0).normal(size=(2, 11, 5)), tf.float32
+    )
     with tf.GradientTape() as tape:
         loss = tf.reduce_mean(tf.square(layer(x, x)))
     weights = layer.trainable_weights
