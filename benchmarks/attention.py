@@ -216,7 +216,7 @@ def is_affordable(name, args, batch, length):
 
 
 def check_agreement(args):
-    """Errors of the core columns against float64 softmax, and our own kernel."""
+    """Errors against float64 softmax, and of ours against its own kernel."""
     inputs = make_inputs(args, "core", 1, 128)
     query, key, value = (x.numpy().transpose(0, 2, 1, 3) for x in inputs)
     scale = args.head_dim**-0.25
@@ -238,9 +238,7 @@ def check_agreement(args):
     deviation = float(np.abs(own - fast).max())
     if deviation > 1e-4:
         raise SystemExit(f"The linear route is wrong by {deviation}.")
-    print(
-        "relative error to softmax at 128 tokens, |q|² = |k|² = 1 after scaling:"
-    )
+    print("relative error to softmax at 128 tokens, |q|² = |k|² = 1 scaled:")
     for name, error in errors.items():
         print(f"  {name:28s} {error:.3f}")
     print(f"  ours, linear against quadratic: {deviation:.1e} (absolute)")

@@ -2,10 +2,10 @@
 
     out_t = φ(q_t)·Σ_s φ(k_s) v_sᵀ / φ(q_t)·Σ_s φ(k_s)
 
-in four forms with one contract: `bidirectional`, `causal`, `step` (one or more
-new tokens on a state) and `quadratic` (the same estimate as an explicit matrix).
-Tensors are `(batch, length, heads, dim)`, float32; `feature_map` maps a query or
-key to features (log-features where `feature_map.positive`).
+in four forms with one contract: `bidirectional`, `causal`, `step` (one or
+more new tokens on a state) and `quadratic` (the same estimate as an explicit
+matrix). Tensors are `(batch, length, heads, dim)`, float32; `feature_map` maps
+a query or key to features (log-features where `feature_map.positive`).
 
 Positive features are exponentiated relative to the maximum of each feature over
 the keys and the maximum of each query over its features. Both cancel in the

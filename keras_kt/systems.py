@@ -23,9 +23,9 @@ def paper_system(name: str, key_dim: int = 64) -> dict:
 
     All differ from the released code in three ways: the draw is stored and
     deterministic (it redraws at every call, evaluation too), features are
-    stabilised in log space (it divides by a sum plus 1e-6), and every head draws
-    noise of its own (it shares one draw). `None` of its defects are kept:
-    FastFood-PRF, and `Performer` and `RBF-PRF` with non-zero frequencies, run.
+    stabilised in log space (it divides by a sum plus 1e-6), and every head
+    draws noise of its own (it shares one draw). None of its defects are kept:
+    FastFood-PRF, and Performer and RBF-PRF with non-zero frequencies, run.
 
     Args:
         name: one of `PAPER_SYSTEMS`.

@@ -153,7 +153,7 @@ def test_first_weights_are_multi_head_attentions():
     for layer in (theirs, ours):
         layer.build(QUERY, KEYS)
     count = len(theirs.weights)
-    for mine, reference in zip(ours.weights, theirs.weights):
+    for mine, reference in zip(ours.weights, theirs.weights, strict=False):
         assert mine.path.split("/")[1:] == reference.path.split("/")[1:]
         assert mine.shape == reference.shape
     ours.set_weights([*theirs.get_weights(), *ours.get_weights()[count:]])
