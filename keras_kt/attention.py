@@ -328,6 +328,9 @@ class KernelizedAttention(keras.layers.Layer):
         _check_tensors(query, value, key)
         if query_mask is None:
             query_mask = getattr(query, "_keras_mask", None)
+        query_mask = self._check_mask("query_mask", query_mask, query)
+        value_mask = self._check_mask("value_mask", value_mask, value)
+        key_mask = self._check_mask("key_mask", key_mask, key)
         # Handled here: the projections would only warn that they lose them.
         for tensor in (query, value, key):
             _set_keras_mask(tensor, None)
@@ -347,6 +350,33 @@ class KernelizedAttention(keras.layers.Layer):
         if return_attention_scores:
             return output, scores
         return output
+
+    def _check_mask(self, name, mask, x):
+        """A boolean mask that broadcasts to the positions of x, or `None`."""
+        if mask is None:
+            return None
+        mask = tf.cast(mask, "bool")
+        positions = tuple(x.shape[:-1])
+        free = [
+            axis
+            for axis in range(1, len(positions))
+            if axis not in self._attention_axes
+        ]
+        # A `(batch, length)` mask holds for every index of the free axes.
+        if mask.shape.rank == 2 and len(self._attention_axes) == 1:
+            for axis in free:
+                mask = tf.expand_dims(mask, axis)
+        fits = mask.shape.rank == len(positions) and all(
+            None in (got, size) or got in (1, size)
+            for got, size in zip(mask.shape, positions, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"`{name}` must have the shape of the tensor's positions, "
+                f"{positions}. Received: a mask of shape {tuple(mask.shape)}. "
+                "Use `attention_mask` for a mask of pairs of positions."
+            )
+        return mask
 
     def _attend(self, query, value, key, *, query_mask, key_mask, **kwargs):
         if query_mask is not None:
@@ -415,7 +445,7 @@ class KernelizedAttention(keras.layers.Layer):
         if self.sliding_window is not None:
             band = folding.band(self.sliding_window)
             attention_mask = _both(attention_mask, band)
-        folded_key_mask = folding.fold_mask(key_mask, "value_mask", value)
+        folded_key_mask = folding.fold_mask(key_mask, folding.key_sizes)
         q, k, feature_map = self._kernel_inputs(
             folding.fold(query), folding.fold(key), training
         )
@@ -440,7 +470,7 @@ class KernelizedAttention(keras.layers.Layer):
             heads = linear_attention.bidirectional(
                 q, k, v, feature_map, key_mask=folded_key_mask
             )
-        folded_query_mask = folding.fold_mask(query_mask, "query_mask", query)
+        folded_query_mask = folding.fold_mask(query_mask, folding.query_sizes)
         if folded_query_mask is not None:
             rows = folded_query_mask[:, :, tf.newaxis, tf.newaxis]
             heads = tf.where(rows, heads, 0.0)
@@ -545,11 +575,11 @@ class KernelizedAttention(keras.layers.Layer):
         if not self.built:
             self.build(query.shape, value.shape, key.shape)
         self._check_step(query, value, key, state)
+        value_mask = self._check_mask("value_mask", value_mask, value)
         if value_mask is not None:
             same = key is value
             value = _select_rows(value, value_mask)
             key = value if same else _select_rows(key, value_mask)
-            value_mask = tf.cast(value_mask, "bool")
         folding = _Folding(query, value, self._attention_axes)
         q, k, feature_map = self._kernel_inputs(
             folding.fold(self._query_dense(query)),
@@ -759,26 +789,14 @@ class _Folding:
         keys = [self.key_sizes[a] for a in self.axes]
         return tf.reshape(scores, (*lead, scores.shape[1], *queries, *keys))
 
-    def fold_mask(self, mask, name, tensor):
-        """`(batch, …)` or `(batch, length)` to `(batch, length)` boolean."""
+    def fold_mask(self, mask, sizes):
+        """A mask of positions to `(batch, length)` boolean."""
         if mask is None:
             return None
-        mask = tf.cast(mask, "bool")
-        if self.simple and mask.shape.rank == 2:
+        mask = tf.broadcast_to(tf.cast(mask, "bool"), sizes)
+        if self.simple:
             return mask
-        sizes = _sizes(tensor, self.ndim)
-        if mask.shape.rank == 2 and len(self.axes) == 1:
-            for axis in self.free:
-                mask = tf.expand_dims(mask, axis)
-        if mask.shape.rank != self.ndim:
-            raise ValueError(
-                f"`{name}` must have the shape of the tensor's positions, "
-                f"{tuple(tensor.shape[: self.ndim])}. Received: a mask of "
-                f"shape {tuple(mask.shape)}. Use `attention_mask` for a mask "
-                "of pairs of positions."
-            )
-        mask = tf.broadcast_to(mask, sizes)
-        mask = tf.transpose(mask, (0, *self.free, *self.axes))
+        mask = tf.transpose(mask, self.order)
         batch = _product(sizes[a] for a in (0, *self.free))
         return tf.reshape(mask, (batch, _product(sizes[a] for a in self.axes)))
 
@@ -872,10 +890,7 @@ def _match_length(query, key, value, key_mask):
 
 def _select_rows(x, mask):
     """x where the mask keeps, zeros elsewhere, whatever x holds there."""
-    mask = tf.cast(mask, "bool")
-    while mask.shape.rank < x.shape.rank:
-        mask = mask[..., tf.newaxis]
-    return tf.where(mask, x, tf.zeros((), x.dtype))
+    return tf.where(mask[..., tf.newaxis], x, tf.zeros((), x.dtype))
 
 
 def _both(mask, other):

@@ -321,6 +321,15 @@ def test_attention_axes_match_folding_by_hand(query, value, axes):
         return x.reshape(batch, -1, *x.shape[len(order) - len(last) :])
 
     expected = flat(folded(q), folded(v), value_mask=folded(value_mask))
+    if len(resolved) == 1:
+        # A (batch, length) mask holds along the free axes.
+        vector = array((value[0], value[resolved[0]]), 3) > -0.7
+        shape = [1] * (len(value) - 1)
+        shape[0], shape[resolved[0]] = vector.shape
+        np.testing.assert_array_equal(
+            layers[0](q, v, value_mask=vector),
+            layers[0](q, v, value_mask=vector.reshape(shape)),
+        )
     np.testing.assert_allclose(folded(outputs[0].numpy()), expected, atol=1e-5)
 
 
