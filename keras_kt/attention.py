@@ -147,9 +147,11 @@ class KernelizedAttention(keras.layers.Layer):
                 "`dropout` must be a number in [0, 1). "
                 f"Received: dropout={dropout}"
             )
-        _check_choice("qk_norm", qk_norm, (None, "l2"))
-        _check_choice("redraw", redraw, REDRAWS)
-        _check_choice("implementation", implementation, IMPLEMENTATIONS)
+        spectral_priors.check_choice("qk_norm", qk_norm, (None, "l2"))
+        spectral_priors.check_choice("redraw", redraw, REDRAWS)
+        spectral_priors.check_choice(
+            "implementation", implementation, IMPLEMENTATIONS
+        )
         if flash_attention:
             warnings.warn(
                 "`flash_attention` has no effect on KernelizedAttention, whose "
@@ -167,6 +169,7 @@ class KernelizedAttention(keras.layers.Layer):
         self._output_shape = _as_shape(output_shape)
         self._attention_axes = _as_axes(attention_axes)
         self.sliding_window = sliding_window
+        # Under MultiHeadAttention's private name too, which its tests read.
         self._sliding_window = sliding_window
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
@@ -268,11 +271,11 @@ class KernelizedAttention(keras.layers.Layer):
 
     def _build_kernel(self):
         """Builds what makes the kernel; last, so that MHA's weights lead."""
-        # The draw, the parameters and dropout each need a stream of their own.
+        # The draw, the redraws and dropout each need a stream of their own.
         offset = None if self.seed is None else self.seed + 1
         self._spectral_prior = self._recipes.prior_copy(offset)
         self._feature_map = self._recipes.feature_map_copy()
-        self._num_features, num_frequencies = self._resolve_num_features()
+        _, num_frequencies = self._resolve_num_features()
         self._spectral_prior.build(
             (self.num_heads, num_frequencies, self.key_dim)
         )
@@ -283,7 +286,8 @@ class KernelizedAttention(keras.layers.Layer):
             self._qk_norm = _UnitNorm(name="qk_norm")
             self._qk_norm.build(self.num_heads)
         if self.redraw == "step":
-            self._redraw_seed = keras.random.SeedGenerator(self.seed)
+            offset = None if self.seed is None else self.seed + 2
+            self._redraw_seed = keras.random.SeedGenerator(offset)
 
     def _project(self, name, input_shape, output_shape, bound=1, **kwargs):
         letters = string.ascii_lowercase
@@ -614,13 +618,12 @@ class KernelizedAttention(keras.layers.Layer):
                 "call the layer itself."
             )
         if not isinstance(state, linear_attention.AttentionState):
-            try:
-                state = linear_attention.AttentionState(*state)
-            except TypeError:
-                raise ValueError(
-                    "`state` must be an AttentionState, from `initial_state` "
-                    f"or an earlier `step`. Received: state={state}"
-                ) from None
+            raise ValueError(
+                "`state` must be an AttentionState, from `initial_state` or an "
+                f"earlier `step`. Received: a {type(state).__name__}. "
+                "`keras_kt.AttentionState(maximum, sums, count)` makes one of "
+                "tensors that travelled apart."
+            )
         batches = {query.shape[0], state.sums.shape[0]} - {None}
         if len(batches) > 1:
             raise ValueError(
@@ -941,13 +944,6 @@ def _check_positive(name, value, optional=False):
         raise ValueError(
             f"Received an invalid value for argument `{name}`, expected "
             f"{expected}. Received: {name}={value}"
-        )
-
-
-def _check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(
-            f"`{name}` must be one of {choices}. Received: {name}={value!r}"
         )
 
 

@@ -15,7 +15,11 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_kt.spectral_priors import Frequencies, SpectralPrior
+from keras_kt.spectral_priors import (
+    Frequencies,
+    SpectralPrior,
+    check_choice,
+)
 
 PREFACTORS = ("softmax", "gaussian", "isotropic")
 
@@ -164,11 +168,7 @@ class PositiveFeatures(FeatureMap):
 
     def __init__(self, prefactor="softmax", two_sided=True, **kwargs):
         super().__init__(**kwargs)
-        if prefactor not in PREFACTORS:
-            raise ValueError(
-                f"`prefactor` must be one of {PREFACTORS}. "
-                f"Received: prefactor={prefactor!r}"
-            )
+        check_choice("prefactor", prefactor, PREFACTORS)
         self.prefactor = prefactor
         self.two_sided = two_sided
 

@@ -34,8 +34,8 @@ _UNDERFLOW = math.exp(-60.0)
 _SIGNED_LIMIT = 1e-2
 # Causal tokens attend within a chunk by an explicit matrix.
 CHUNK_SIZE = 64
-# Tokens times heads times batch in a block, by measurement
-# (benchmarks/attention.py), and the longest block.
+# Tokens times heads times batch in a block, so that its features fit a cache
+# of a few MiB, and the longest block. Chosen by that estimate, not tuned.
 _BLOCK_ROWS = 4096
 _MAX_BLOCK = 512
 
@@ -70,8 +70,8 @@ def initial_state(
 def bidirectional(query, key, value, feature_map, *, key_mask=None):
     """Every query sees every key.
 
-    O(length · feature_dim · value_dim) time; memory beyond inputs and output
-    does not grow with the length.
+    O(length · feature_dim · value_dim) time; memory beyond copies of inputs
+    and output does not grow with the length.
 
     Args:
         query: `(batch, query_length, heads, head_dim)`.
@@ -152,8 +152,8 @@ def causal(query, key, value, feature_map, *, key_mask=None, state=None):
 
     Chunks attend within themselves by an explicit matrix and to earlier ones
     through their sums. O(length · feature_dim · value_dim) time; memory beyond
-    inputs and output is one state a block. Exact at any range of the features:
-    no future key touches the past.
+    copies of inputs and output is one state a block. Exact at any range of the
+    features: no future key touches the past.
 
     Args:
         query, key, value, feature_map, key_mask: as in `bidirectional`, of

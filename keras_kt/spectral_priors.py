@@ -66,9 +66,6 @@ class SpectralPrior(keras.layers.Layer):
             the seed of the layer that owns the prior.
     """
 
-    # The set of frequencies is closed under ω → 2μ − ω in law, so that
-    # two-sided features leave the kernel as it is.
-    symmetric = True
     has_mean = False
     # E exp(ω·z) exists for every z, which positive features need.
     has_moment_generating_function = True
@@ -249,9 +246,9 @@ class _GaussianPrior(SpectralPrior):
         kwargs,
     ):
         super().__init__(**kwargs)
-        _check_choice("covariance", covariance, _COVARIANCES)
-        _check_choice("coupling", coupling, base_noise.COUPLINGS)
-        _check_choice("radius", radius, base_noise.RADII)
+        check_choice("covariance", covariance, _COVARIANCES)
+        check_choice("coupling", coupling, base_noise.COUPLINGS)
+        check_choice("radius", radius, base_noise.RADII)
         scales = np.ravel(np.asarray(initial_scale, "float32"))
         if scales.size not in (1, self.num_components) or scales.min() <= 0:
             raise ValueError(
@@ -657,7 +654,8 @@ class GeneratorPrior(SpectralPrior):
     square normalisation of the one sample (never over samples, so that
     frequencies stay independent and inference needs no running statistics),
     then a · tanh(·) with a learned scale a per coordinate. Its start has unit
-    variance per coordinate, as N(0, I) has.
+    variance per coordinate, as N(0, I) has. Two-sided features estimate the
+    kernel of the symmetrised law, (g(ε), −g(ε)).
 
     Args:
         hidden_units: widths of the hidden layers. Defaults to `None`, which
@@ -672,10 +670,6 @@ class GeneratorPrior(SpectralPrior):
         arXiv 2110.08323, section 3.3; Li et al., "Implicit kernel learning".
     """
 
-    # g is not odd, so reflecting a frequency changes the law; two-sided
-    # features then estimate the kernel of the symmetrised law, (g(ε), −g(ε)).
-    symmetric = False
-
     def __init__(
         self,
         hidden_units=None,
@@ -689,7 +683,7 @@ class GeneratorPrior(SpectralPrior):
         super().__init__(**kwargs)
         if self.kl_weight:
             raise ValueError(_no_density("kl_weight", "GeneratorPrior"))
-        _check_choice("coupling", coupling, base_noise.COUPLINGS)
+        check_choice("coupling", coupling, base_noise.COUPLINGS)
         for size in hidden_units or ():
             if not isinstance(size, int) or size < 1:
                 raise ValueError(
@@ -795,6 +789,9 @@ class DistributionPrior(SpectralPrior):
         **kwargs: `per_head`, `kl_weight` (closed form where TFP registers one,
             else estimated from the draw), `seed`, `name`.
 
+    Two-sided features reflect frequencies about the mean, so for a skewed law
+    they estimate the kernel of the symmetrised one.
+
     The stored draw is a seed. Sampling under XLA and without gives the same
     numbers for families built on normal and uniform draws; TFP samples gamma
     draws (Student-t among others) by another algorithm under XLA.
@@ -812,10 +809,6 @@ class DistributionPrior(SpectralPrior):
     >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
     TensorShape([1, 4, 3])
     """
-
-    # Unknown, so two-sided features reflect about the mean and estimate the
-    # kernel of the symmetrised law.
-    symmetric = False
 
     def __init__(
         self,
@@ -1019,7 +1012,8 @@ _FAMILIES = {
 _COVARIANCES = ("diagonal", "isotropic", "full")
 
 
-def _check_choice(name, value, choices):
+def check_choice(name, value, choices):
+    """Raises a `ValueError` that lists the choices."""
     if value not in choices:
         raise ValueError(
             f"`{name}` must be one of {choices}. Received: {name}={value!r}"

@@ -63,6 +63,8 @@ def test_contract_of_every_prior_and_map(prior_name, map_name, tmp_path):
         (QUERY, KEYS),
         tmp_path,
         exact_jit=2e-4 if map_name == "trigonometric" else 1e-5,
+        # Signed normalisers amplify the rounding of half-precision projections.
+        half=0.3 if map_name == "trigonometric" else 0.1,
         jit_fit=prior_name in ("normal", "mixture", "generator"),
     )
 
@@ -728,6 +730,10 @@ def test_wrong_steps_name_the_way_out():
         lambda: layer.step(x, layer.initial_state(3)),
     )
     wrong("`state` must be an AttentionState", lambda: layer.step(x, None))
+    wrong(
+        "Received: a dict.*AttentionState\\(maximum, sums, count\\)",
+        lambda: layer.step(x, state._asdict()),
+    )
     grid = array((2, 3, 4, 6))
     wide = keras_kt.KernelizedAttention(2, 4)
     wide(grid, grid)

@@ -191,8 +191,6 @@ def test_prior_gradients_match_differences_of_the_closed_form(
     prior_name, map_name
 ):
     """The mean reparameterised gradient over draws, by z-score."""
-    if prior_name == "normal-fixed-radius":
-        pytest.skip("the same code as normal, with another closed form")
     prior, feature_map = build(prior_name, map_name)
     x, y = points(1)
     weights = prior.trainable_weights
