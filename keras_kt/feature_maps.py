@@ -50,16 +50,28 @@ class PositiveMap(NamedTuple):
         return self.projection.shape[-1] * (2 if self.two_sided else 1)
 
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
-        projected = tf.matmul(x, self.projection)
         exponent = self.log_amplitudes - self._quadratic_form(x)
         if self.linear is not None:
             exponent += tf.matmul(x, self.linear)
+        return self._sides(x, exponent)
+
+    def relative(self, x: tf.Tensor) -> tf.Tensor:
+        """Log-features up to a constant of each x, which attention cancels."""
+        if self.log_amplitudes.shape[-1] > 1:
+            return self(x)
+        return self._sides(x, tf.zeros_like(self.log_amplitudes))
+
+    def _sides(self, x, exponent):
+        projected = tf.matmul(x, self.projection)
         exponent = _per_frequency(exponent, projected)
         if not self.two_sided:
             return exponent + projected
         return tf.concat([exponent + projected, exponent - projected], -1)
 
     def _quadratic_form(self, x):
+        if self.quadratic.shape.rank == 3 and self.quadratic.shape[-1] == 1:
+            diagonal = tf.linalg.matrix_transpose(self.quadratic)
+            return tf.reduce_sum(tf.square(x) * diagonal, -1, keepdims=True)
         if self.quadratic.shape.rank == 3:
             return tf.matmul(tf.square(x), self.quadratic)
         rotated = tf.einsum("bhtd,hcde->bhtce", x, self.quadratic)

@@ -34,10 +34,11 @@ _UNDERFLOW = math.exp(-60.0)
 _SIGNED_LIMIT = 1e-2
 # Causal tokens attend within a chunk by an explicit matrix.
 CHUNK_SIZE = 64
-# Tokens times heads times batch in a block, so that its features fit a cache
-# of a few MiB, and the longest block. Chosen by that estimate, not tuned.
-_BLOCK_ROWS = 4096
-_MAX_BLOCK = 512
+# Tokens times heads times batch in a block: on a CPU so many that features
+# stay in cache, elsewhere so many that a device is filled.
+_CPU_BLOCK_ROWS = 4096
+_ACCELERATOR_BLOCK_ROWS = 65536
+_MAX_BLOCK = 8192
 
 
 class AttentionState(NamedTuple):
@@ -46,8 +47,8 @@ class AttentionState(NamedTuple):
     Attributes:
         maximum: `(batch, heads, feature_dim)`, running maximum of each
             log-feature (unused for signed features).
-        sums: `(batch, heads, feature_dim, value_dim + 1)`, Σ φ(k) vᵀ relative
-            to `maximum`, and Σ φ(k) in the last column.
+        sums: `(batch, heads, value_dim + 1, feature_dim)`, Σ v φ(k)ᵀ relative
+            to `maximum`, and Σ φ(k) in the last row.
         count: `(batch,)`, keys seen so far.
     """
 
@@ -62,7 +63,7 @@ def initial_state(
     """The state that has seen nothing."""
     return AttentionState(
         tf.fill((batch_size, num_heads, feature_dim), FLOOR),
-        tf.zeros((batch_size, num_heads, feature_dim, value_dim + 1)),
+        tf.zeros((batch_size, num_heads, value_dim + 1, feature_dim)),
         tf.zeros((batch_size,)),
     )
 
@@ -83,66 +84,108 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
     Returns:
         `(batch, query_length, heads, value_dim)`; zeros where no key is seen.
     """
-    query_blocks = _Blocks(query)
-    key_blocks = _Blocks(key, key_mask)
+    queries, keys = _grids(query, key, key_mask)
     tensors, rebuild = _unbind(feature_map)
     count = None
     if not feature_map.positive:
-        count = _count(key, key_mask)[:, tf.newaxis, tf.newaxis, tf.newaxis]
+        count = keys.split_batch(_count(key, key_mask))
 
     @tf.custom_gradient
     def attend(query, key, value, *tensors):
         bound = rebuild(tensors)
-        keys = key_blocks.split(key), key_blocks.split(value), key_blocks.keep
-        queries = (query_blocks.split(query),)
-        state = _walk(_absorb(bound), keys, _nothing(key, value, bound))[1]
+        query, key, value = (
+            queries.split(query),
+            keys.split(key),
+            keys.split(value),
+        )
 
-        def read(state, block):
-            return _divide(_read(bound, block[0], *state), count), state
+        def key_block(*at):
+            return keys.pick(key, *at), keys.pick(value, *at), keys.keep(*at)
 
-        (output, normalizer), _ = _walk(read, queries, state, results=2)
+        def forward(group, _):
+            def absorb(block, state):
+                return (), _absorb(bound, *state, *key_block(group, block))
+
+            def read(block, _):
+                sums = _read(bound, queries.pick(query, group, block), *state)
+                return [
+                    _tokens(x) for x in _divide(sums, _at(count, group))
+                ], ()
+
+            state = _walk(absorb, keys.count, _nothing(keys, value, bound))[1]
+            results, _ = _walk(read, queries.count, (), results=2)
+            return (*map(queries.join_blocks, results), *state), ()
+
+        (output, normalizer, *states), _ = _walk(
+            forward, keys.groups, (), results=4
+        )
+        output, normalizer = queries.join(output), queries.join(normalizer)
 
         def gradient(upstream):
-            upstream = query_blocks.split(upstream)
-            saved = (*queries, upstream, output, normalizer)
-            zeros = [tf.zeros_like(x) for x in (state[1], *tensors)]
+            ratio = [queries.split(x) for x in (upstream, output, normalizer)]
 
-            def unread(carry, block):
-                query, *ratio = block
-                wanted = [query, state[1], *tensors]
+            def unread(group, block, maximum, sums):
+                wanted = [queries.pick(query, group, block), sums, *tensors]
                 with tf.GradientTape(watch_accessed_variables=False) as tape:
                     tape.watch(wanted)
-                    sums = _read(rebuild(tensors), query, state[0], state[1])
-                of_query, *others = tape.gradient(
-                    sums, wanted, _divide_gradient(*ratio, count)
+                    results = _read(
+                        rebuild(tensors), wanted[0], maximum, wanted[1]
+                    )
+                of_results = _divide_gradient(
+                    *(queries.pick(x, group, block) for x in ratio),
+                    _at(count, group),
                 )
-                return (of_query,), _add(carry, others)
+                return _gradients(tape, results, wanted, of_results)
 
-            (of_query,), (of_sums, *of_tensors) = _walk(
-                unread, saved, zeros, results=1
-            )
-
-            def unabsorb(carry, block):
-                key, value, keep = block
+            def unabsorb(group, block, maximum, of_sums):
+                key, value, keep = key_block(group, block)
                 wanted = [key, value, *tensors]
                 with tf.GradientTape(watch_accessed_variables=False) as tape:
                     tape.watch(wanted)
-                    bound = rebuild(tensors)
-                    sums = _sums(bound, key, value, keep, state[0])
-                of_key, of_value, *others = tape.gradient(sums, wanted, of_sums)
-                return (of_key, of_value), _add(carry, others)
+                    sums = _sums(rebuild(tensors), key, value, keep, maximum)
+                return _gradients(tape, sums, wanted, of_sums)
 
-            (of_key, of_value), of_tensors = _walk(
-                unabsorb, keys, of_tensors, results=2
+            def backward(group, of_tensors):
+                maximum, sums = (x[group] for x in states)
+
+                def query_block(block, carry):
+                    of_query, *others = unread(group, block, maximum, sums)
+                    return (_tokens(of_query),), _add(carry, others)
+
+                (of_query,), (of_sums, *of_tensors) = _walk(
+                    query_block,
+                    queries.count,
+                    (tf.zeros_like(sums), *of_tensors),
+                    results=1,
+                )
+
+                def key_block(block, carry):
+                    of_key, of_value, *others = unabsorb(
+                        group, block, maximum, of_sums
+                    )
+                    results = _tokens(of_key), _tokens(of_value)
+                    return results, _add(carry, others)
+
+                of_keys, of_tensors = _walk(
+                    key_block, keys.count, of_tensors, results=2
+                )
+                return (
+                    queries.join_blocks(of_query),
+                    *map(keys.join_blocks, of_keys),
+                ), of_tensors
+
+            zeros = [tf.zeros_like(x) for x in tensors]
+            (of_query, of_key, of_value), of_tensors = _walk(
+                backward, keys.groups, zeros, results=3
             )
             return (
-                query_blocks.join(of_query),
-                key_blocks.join(of_key),
-                key_blocks.join(of_value),
+                queries.join(of_query),
+                keys.join(of_key),
+                keys.join(of_value),
                 *of_tensors,
             )
 
-        return query_blocks.join(output), gradient
+        return output, gradient
 
     return attend(query, key, value, *tensors)
 
@@ -164,11 +207,12 @@ def causal(query, key, value, feature_map, *, key_mask=None, state=None):
         `(batch, length, heads, value_dim)` and the `AttentionState` after the
         last token.
     """
-    blocks = _Blocks(key, key_mask, multiple=CHUNK_SIZE)
+    _, blocks = _grids(query, key, key_mask, multiple=CHUNK_SIZE)
     tensors, rebuild = _unbind(feature_map)
     if state is None:
-        nothing = _nothing(key, value, feature_map)
-        state = AttentionState(*nothing, tf.zeros((_size(key, 0),)))
+        state = initial_state(
+            _size(key, 0), key.shape[2], feature_map.width, value.shape[3]
+        )
     counts = None
     if not feature_map.positive:
         counts = blocks.running_count(state.count)
@@ -178,53 +222,108 @@ def causal(query, key, value, feature_map, *, key_mask=None, state=None):
     def attend(query, key, value, maximum, sums, *tensors):
         bound = rebuild(tensors)
         inputs = [blocks.split(x) for x in (query, key, value)]
-        inputs += [blocks.keep, sees]
+        initial = [blocks.split_batch(x) for x in (maximum, sums)]
 
-        def forward(state, block):
-            *block, count = block
-            sums, after = _causal_block(bound, *block, *state)
-            return (*_divide(sums, count), *state), after
+        def forward(group, _):
+            def attend_block(block, state):
+                at = group, block
+                tokens = [blocks.pick(x, *at) for x in inputs]
+                tokens.append(blocks.keep(*at))
+                results, after = _causal_block(bound, *tokens, *state)
+                exact = True
+                if bound.positive:
+                    exact = _is_exact(results, blocks.pick_rows(sees, *at))
+                    results = tf.cond(
+                        exact,
+                        lambda: results,
+                        lambda: _strict_block(bound, *tokens, *state)[0],
+                    )
+                ratio = _divide(results, blocks.pick_rows(counts, *at))
+                exact = tf.cast(exact, tf.float32)
+                return (*map(_tokens, ratio), *state, exact), after
 
-        (output, normalizer, *states), after = _walk(
-            forward,
-            [*inputs, counts],
-            (tf.stop_gradient(maximum), sums),
-            results=4,
+            (*results, maxima, sums, exact), after = _walk(
+                attend_block,
+                blocks.count,
+                tuple(x[group] for x in initial),
+                results=5,
+            )
+            results = map(blocks.join_blocks, results)
+            return (*results, maxima, sums, exact, *after), ()
+
+        (output, normalizer, *saved, maximum, sums), _ = _walk(
+            forward, blocks.groups, (), results=7
         )
+        output, normalizer = blocks.join(output), blocks.join(normalizer)
+        after = [blocks.join_batch(x) for x in (maximum, sums)]
 
         def gradient(upstream, _, of_sums):
-            saved = [blocks.split(upstream), output, normalizer, counts]
-            zeros = [tf.zeros_like(x) for x in tensors]
+            of_after = blocks.split_batch(of_sums)
+            ratio = [blocks.split(x) for x in (upstream, output, normalizer)]
 
-            def backward(carry, block):
-                query, key, value, keep, sees = block[:5]
-                maximum, sums = block[5:7]
-                wanted = [query, key, value, sums, *tensors]
-                with tf.GradientTape(watch_accessed_variables=False) as tape:
-                    tape.watch(wanted)
-                    results, (_, after) = _causal_block(
-                        rebuild(tensors), *wanted[:3], keep, sees, maximum, sums
+            def unattend(group, block, of_sums):
+                at = group, block
+                maximum, sums, exact = (x[group, block] for x in saved)
+                wanted = [*(blocks.pick(x, *at) for x in inputs), sums]
+                wanted += tensors
+                of_results = _divide_gradient(
+                    *(blocks.pick(x, *at) for x in ratio),
+                    blocks.pick_rows(counts, *at),
+                )
+
+                def through(function):
+                    with tf.GradientTape(watch_accessed_variables=False) as t:
+                        t.watch(wanted)
+                        results, (_, after) = function(
+                            rebuild(wanted[4:]),
+                            *wanted[:3],
+                            blocks.keep(*at),
+                            maximum,
+                            wanted[3],
+                        )
+                    return _gradients(
+                        t, [results, after], wanted, [of_results, of_sums]
                     )
-                of_results = _divide_gradient(*block[7:])
-                of_query, of_key, of_value, of_sums, *others = tape.gradient(
-                    [results, after], wanted, [of_results, carry[0]]
-                )
-                return (of_query, of_key, of_value), (
-                    of_sums,
-                    *_add(carry[1:], others),
+
+                if not bound.positive:
+                    return through(_causal_block)
+                return tf.cond(
+                    exact > 0.0,
+                    lambda: through(_causal_block),
+                    lambda: through(_strict_block),
                 )
 
-            of_inputs, (of_sums, *of_tensors) = _walk(
+            def backward(group, of_tensors):
+                def block_backward(block, carry):
+                    gradients = unattend(group, block, carry[0])
+                    results = tuple(map(_tokens, gradients[:3]))
+                    others = _add(carry[1:], gradients[4:])
+                    return results, (gradients[3], *others)
+
+                of_inputs, (of_sums, *of_tensors) = _walk(
+                    block_backward,
+                    blocks.count,
+                    (of_after[group], *of_tensors),
+                    results=3,
+                    reverse=True,
+                )
+                of_inputs = map(blocks.join_blocks, of_inputs)
+                return (*of_inputs, of_sums), of_tensors
+
+            (*of_inputs, of_sums), of_tensors = _walk(
                 backward,
-                [*inputs, *states, *saved],
-                (of_sums, *zeros),
-                results=3,
-                reverse=True,
+                blocks.groups,
+                [tf.zeros_like(x) for x in tensors],
+                results=4,
             )
-            of_inputs = [blocks.join(x) for x in of_inputs]
-            return *of_inputs, tf.zeros_like(maximum), of_sums, *of_tensors
+            return (
+                *map(blocks.join, of_inputs),
+                tf.zeros_like(after[0]),
+                blocks.join_batch(of_sums),
+                *of_tensors,
+            )
 
-        return (blocks.join(output), *after), gradient
+        return (output, *after), gradient
 
     output, maximum, sums = attend(
         query, key, value, state.maximum, state.sums, *tensors
@@ -256,9 +355,7 @@ def step(query, key, value, feature_map, state, *, key_mask=None):
     keep = None
     if key_mask is not None:
         keep = tf.cast(key_mask, "bool")[:, tf.newaxis, :, tf.newaxis]
-    after = _absorb(feature_map)(
-        (state.maximum, state.sums), (key, value, keep)
-    )[1]
+    after = _absorb(feature_map, state.maximum, state.sums, key, value, keep)
     state = AttentionState(*after, state.count + _count(key[:, 0], key_mask))
     count = None
     if not feature_map.positive:
@@ -331,68 +428,114 @@ def quadratic(
     return tf.transpose(output, (0, 2, 1, 3)), weights
 
 
-class _Blocks:
-    """Cuts `(batch, length, heads, dim)` into a walk over blocks, and back.
+def _grids(query, key, mask, multiple=1):
+    """Grids of the queries and of the keys, with the same groups."""
+    sizes = [_size(x, 1) for x in (query, key)]
+    tokens = _block_limit(key.shape[2])
+    longest = _least(sizes[0], sizes[1])
+    per_group = _least(tokens // _least(longest, 1), 1)
+    arguments = per_group, tokens, multiple
+    return _Grid(query, None, *arguments), _Grid(key, mask, *arguments)
 
-    Blocks stand first, `(blocks, batch, heads, block, dim)`: one transposition
-    brings heads before tokens and blocks before all. What is padded is masked.
+
+def _block_limit(heads):
+    """Most tokens in a block."""
+    rows = _CPU_BLOCK_ROWS
+    if any(tf.config.list_logical_devices(x) for x in ("GPU", "TPU")):
+        rows = _ACCELERATOR_BLOCK_ROWS
+    return min(max(rows // heads, CHUNK_SIZE), _MAX_BLOCK)
+
+
+class _Grid:
+    """Cuts `(batch, length, heads, dim)` into groups of sequences and blocks.
+
+    Long sequences are cut into blocks of tokens, one sequence at a time; short
+    ones are grouped. Only what is read is copied, heads before tokens. What is
+    padded is masked.
 
     Attributes:
-        keep: `(blocks, batch, 1, block, 1)` boolean, or `None` for all.
+        groups: number of groups of sequences.
+        count: number of blocks of tokens.
     """
 
-    def __init__(self, x, mask=None, multiple=1):
-        self.batch, self.length, heads = (_size(x, axis) for axis in range(3))
-        rows = self.batch * heads
-        limit = _clip(_BLOCK_ROWS // _least(rows, 1), CHUNK_SIZE, _MAX_BLOCK)
+    def __init__(self, x, mask, per_group, limit, multiple):
+        self.batch, self.length = _size(x, 0), _size(x, 1)
+        self.groups = _least(-(-self.batch // per_group), 1)
+        self.group = -(-self.batch // self.groups)
         self.count = _least(-(-self.length // limit), 1)
         size = _least(-(-self.length // self.count), 1)
         self.multiple = _chunk_of(size, multiple)
         self.size = -(-size // self.multiple) * self.multiple
-        self.padding = self.count * self.size - self.length
-        self.is_padded = not (
-            isinstance(self.padding, int) and self.padding == 0
+        self.padding = [
+            self.groups * self.group - self.batch,
+            self.count * self.size - self.length,
+        ]
+        self.is_padded = any(
+            not isinstance(n, int) or n > 0 for n in self.padding
         )
         self.mask = None if mask is None else tf.cast(mask, "bool")
-        if self.is_padded:
-            if mask is None:
-                self.mask = tf.ones((self.batch, self.length), "bool")
-            self.mask = tf.pad(self.mask, ((0, 0), (0, self.padding)))
-        self.keep = self._split_rows(self.mask)
-
-    def _split_rows(self, rows):
-        """`(batch, padded_length)` to `(blocks, batch, 1, block, 1)`."""
-        if rows is None:
-            return None
-        rows = tf.reshape(rows, (self.batch, self.count, 1, self.size, 1))
-        return tf.transpose(rows, (1, 0, 2, 3, 4))
+        if self.is_padded and mask is None:
+            self.mask = tf.ones((self.batch, self.length), "bool")
+        self._rows = self.split(self.mask)
 
     def split(self, x):
+        """`(groups, group, blocks, block, ...)`; `None` stays `None`."""
+        if x is None:
+            return None
         if self.is_padded:
-            x = tf.pad(x, ((0, 0), (0, self.padding), (0, 0), (0, 0)))
-        shape = (self.batch, self.count, self.size, x.shape[2], x.shape[3])
-        return tf.transpose(tf.reshape(x, shape), (1, 0, 3, 2, 4))
+            rest = [(0, 0)] * (x.shape.rank - 2)
+            x = tf.pad(x, [(0, n) for n in self.padding] + rest)
+        shape = (self.groups, self.group, self.count, self.size)
+        return tf.reshape(x, (*shape, *x.shape[2:]))
+
+    def split_batch(self, x):
+        if self.is_padded:
+            rest = [(0, 0)] * (x.shape.rank - 1)
+            x = tf.pad(x, [(0, self.padding[0])] + rest)
+        return tf.reshape(x, (self.groups, self.group, *x.shape[1:]))
+
+    def pick(self, x, group, block):
+        """One block, heads before tokens."""
+        return _tokens(x[group, :, block])
+
+    def pick_rows(self, rows, group, block):
+        """One block of `(batch, length)` split, `(group, 1, block, 1)`."""
+        if rows is None:
+            return None
+        return rows[group, :, block][:, tf.newaxis, :, tf.newaxis]
+
+    def keep(self, group, block):
+        return self.pick_rows(self._rows, group, block)
+
+    def join_blocks(self, x):
+        """Stacked blocks of one group to sequences, tokens before heads."""
+        x = tf.transpose(x, (1, 0, 2, 3, 4))
+        shape = (self.group, self.count * self.size, *x.shape[3:])
+        return tf.reshape(x, shape)
 
     def join(self, x):
-        x = tf.transpose(x, (1, 0, 3, 2, 4))
-        length = self.count * self.size
-        x = tf.reshape(x, (self.batch, length, x.shape[3], x.shape[4]))
-        return x[:, : self.length] if self.is_padded else x
+        """Stacked groups of sequences to `(batch, length, heads, dim)`."""
+        shape = (self.groups * self.group, self.count * self.size)
+        x = tf.reshape(x, (*shape, *x.shape[3:]))
+        return x[: self.batch, : self.length] if self.is_padded else x
+
+    def join_batch(self, x):
+        x = tf.reshape(x, (self.groups * self.group, *x.shape[2:]))
+        return x[: self.batch] if self.is_padded else x
 
     def running_count(self, past):
         """Visible keys up to each position, split into blocks."""
-        length = self.count * self.size
         if self.mask is None:
-            counts = tf.range(1, length + 1, dtype=tf.float32)[tf.newaxis]
-            counts += past[:, tf.newaxis]
-        else:
-            # Two levels, since XLA sums a running sum anew at every position.
-            ones = tf.cast(self.mask, tf.float32)
-            ones = tf.reshape(ones, (self.batch, -1, self.multiple))
-            before = tf.cumsum(tf.reduce_sum(ones, 2), axis=1, exclusive=True)
-            before += past[:, tf.newaxis]
-            counts = before[..., tf.newaxis] + tf.cumsum(ones, axis=2)
-        return self._split_rows(counts)
+            counts = tf.range(1, self.length + 1, dtype=tf.float32)[tf.newaxis]
+            return self.split(counts + past[:, tf.newaxis])
+        # Two levels, since XLA sums a running sum anew at every position.
+        ones = tf.cast(self._rows, tf.float32)
+        shape = (self.groups * self.group, -1, self.multiple)
+        ones = tf.reshape(ones, shape)
+        before = tf.cumsum(tf.reduce_sum(ones, 2), axis=1, exclusive=True)
+        past = tf.reshape(self.split_batch(past), (-1, 1, 1))
+        counts = before[..., tf.newaxis] + past + tf.cumsum(ones, axis=2)
+        return tf.reshape(counts, tf.shape(self._rows))
 
     def sees_a_key(self, past):
         """Which causal rows see a key, split into blocks; `None` for all."""
@@ -400,31 +543,37 @@ class _Blocks:
             return None
         # By the first visible key: no running sum over the length.
         first = tf.argmax(self.mask, axis=1, output_type=tf.int32)
-        rows = tf.range(self.count * self.size)[tf.newaxis]
+        rows = tf.range(self.length)[tf.newaxis]
         sees = rows >= first[:, tf.newaxis]
         sees &= tf.reduce_any(self.mask, axis=1, keepdims=True)
-        return self._split_rows(sees | (past[:, tf.newaxis] > 0))
+        return self.split(sees | (past[:, tf.newaxis] > 0))
 
 
-def _walk(body, blocks, carry, results=0, reverse=False):
-    """Runs `body(carry, block) -> (results, carry)` over the leading axis.
+def _tokens(x):
+    """Swaps tokens and heads."""
+    return tf.transpose(x, (0, 2, 1, 3))
+
+
+def _at(count, group):
+    """Counts of a group against `(group, heads, block, dim)`."""
+    if count is None:
+        return None
+    return count[group][:, tf.newaxis, tf.newaxis, tf.newaxis]
+
+
+def _walk(body, count, carry, results=0, reverse=False):
+    """Runs `body(index, carry) -> (results, carry)` for 0 … `count` − 1.
 
     Returns a tuple of `results` float32 tensors, stacked, and the last carry.
-    `None` among the blocks is passed on. A loop of constant size in the graph,
-    whatever the length.
+    A loop of constant size in the graph, whatever the length.
     """
-    count = _size(next(x for x in blocks if x is not None), 0)
-
-    def pick(index):
-        return [None if x is None else x[index] for x in blocks]
-
     if isinstance(count, int) and count == 1:
-        outputs, carry = body(carry, pick(0))
+        outputs, carry = body(0, carry)
         return tuple(x[tf.newaxis] for x in outputs), carry
 
     def advance(index, carry, arrays):
         position = count - 1 - index if reverse else index
-        outputs, carry = body(carry, pick(position))
+        outputs, carry = body(position, carry)
         arrays = [
             array.write(position, x)
             for array, x in zip(arrays, outputs, strict=True)
@@ -442,21 +591,24 @@ def _walk(body, blocks, carry, results=0, reverse=False):
     return tuple(array.stack() for array in arrays), carry
 
 
-def _absorb(feature_map):
-    """State after a block of keys: `(carry, block) -> ((), carry)`."""
+def _gradients(tape, results, wanted, upstream):
+    return tape.gradient(
+        results,
+        wanted,
+        upstream,
+        unconnected_gradients=tf.UnconnectedGradients.ZERO,
+    )
 
-    def absorb(carry, block):
-        maximum, sums = carry
-        key, value, keep = block
-        logs = _key_features(feature_map, key, keep)
-        if feature_map.positive:
-            after = _maximum(logs, maximum)
-            sums *= tf.exp(maximum - after)[..., tf.newaxis]
-            logs, maximum = _exp_key(logs, after), after
-        sums += tf.matmul(logs, _with_ones(value, keep), transpose_a=True)
-        return (), (maximum, sums)
 
-    return absorb
+def _absorb(feature_map, maximum, sums, key, value, keep):
+    """Maximum and sums after a block of keys."""
+    features = _key_features(feature_map, key, keep)
+    if feature_map.positive:
+        after = _maximum(features, maximum)
+        sums *= tf.exp(maximum - after)[..., tf.newaxis, :]
+        features, maximum = _exp_key(features, after), after
+    value = _with_ones(value, keep)
+    return maximum, sums + tf.matmul(value, features, transpose_a=True)
 
 
 def _sums(feature_map, key, value, keep, maximum):
@@ -464,38 +616,40 @@ def _sums(feature_map, key, value, keep, maximum):
     features = _key_features(feature_map, key, keep)
     if feature_map.positive:
         features = _exp_key(features, maximum)
-    return tf.matmul(features, _with_ones(value, keep), transpose_a=True)
+    return tf.matmul(_with_ones(value, keep), features, transpose_a=True)
 
 
 def _read(feature_map, query, maximum, sums):
     """Numerators and normaliser of a block of queries."""
-    features = feature_map(query)
+    features = _query_features(feature_map, query)
     if feature_map.positive:
         features = _exp_query(features, maximum)
-    return tf.matmul(features, sums)
+    return tf.matmul(features, sums, transpose_b=True)
 
 
-def _causal_block(feature_map, query, key, value, keep, sees, maximum, sums):
+def _causal_block(feature_map, query, key, value, keep, maximum, sums):
     """Numerators and normalisers of a block, and the carry after it."""
-    log_query = feature_map(query)
-    log_key = _key_features(feature_map, key, keep)
+    query = _query_features(feature_map, query)
+    key = _key_features(feature_map, key, keep)
+    if feature_map.positive:
+        after = _maximum(key, maximum)
+        query, key = _exp_query(query, after), _exp_key(key, after)
+        sums *= tf.exp(maximum - after)[..., tf.newaxis, :]
+        maximum = after
+    results, sums = _chunked(query, key, _with_ones(value, keep), sums)
+    return results, (maximum, sums)
+
+
+def _strict_block(feature_map, query, key, value, keep, maximum, sums):
+    """`_causal_block` for log-features of any range."""
+    query = _query_features(feature_map, query)
+    key = _key_features(feature_map, key, keep)
     value = _with_ones(value, keep)
-    if not feature_map.positive:
-        results, after = _chunked(log_query, log_key, value, sums)
-        return results, (maximum, after)
-    after = _maximum(log_key, maximum)
-    results, sums_after = _chunked(
-        _exp_query(log_query, after),
-        _exp_key(log_key, after),
-        value,
-        sums * tf.exp(maximum - after)[..., tf.newaxis],
-    )
-    results = tf.cond(
-        _is_exact(results, sees),
-        lambda: results,
-        lambda: _strict(log_query, log_key, value, maximum, sums),
-    )
-    return results, (after, sums_after)
+    results = _strict(query, key, value, maximum, sums)
+    after = _maximum(key, maximum)
+    sums *= tf.exp(maximum - after)[..., tf.newaxis, :]
+    sums += tf.matmul(value, _exp_key(key, after), transpose_a=True)
+    return results, (after, sums)
 
 
 def _chunked(query, key, value, past):
@@ -507,17 +661,15 @@ def _chunked(query, key, value, past):
         shape = (batch, x.shape[1], -1, chunk, x.shape[3])
         return tf.reshape(x, shape)
 
-    chunked_query, chunked_key = split(query), split(key)
-    chunked_value = split(value)
-    sums = tf.matmul(chunked_key, chunked_value, transpose_a=True)
+    shape = tf.shape(value)
+    query, key, value = split(query), split(key), split(value)
+    sums = tf.matmul(value, key, transpose_a=True)
     before = tf.cumsum(sums, axis=2, exclusive=True) + past[:, :, tf.newaxis]
-    scores = tf.matmul(chunked_query, chunked_key, transpose_b=True)
+    scores = tf.matmul(query, key, transpose_b=True)
     scores = tf.linalg.band_part(scores, -1, 0)
-    results = tf.matmul(chunked_query, before) + tf.matmul(
-        scores, chunked_value
-    )
-    results = tf.reshape(results, tf.shape(value))
-    return results, past + tf.reduce_sum(sums, axis=2)
+    results = tf.matmul(query, before, transpose_b=True)
+    results += tf.matmul(scores, value)
+    return tf.reshape(results, shape), past + tf.reduce_sum(sums, axis=2)
 
 
 def _strict(query, key, value, maximum, sums):
@@ -528,7 +680,8 @@ def _strict(query, key, value, maximum, sums):
     reference is a maximum over visible keys only.
     """
     length = query.shape[2]
-    target = _MAX_BLOCK if length is None else 1 << (length - 1).bit_length()
+    longest = _block_limit(query.shape[1]) if length is None else length
+    target = 1 << (longest - 1).bit_length()
     shape = tf.shape(value)
     extra = target - _size(query, 2)
     padding = ((0, 0), (0, 0), (0, extra), (0, 0))
@@ -536,7 +689,7 @@ def _strict(query, key, value, maximum, sums):
     key = tf.pad(key, padding, constant_values=FLOOR)
     shifted = query + maximum[:, :, tf.newaxis]
     past_scale = _row_maximum(shifted)
-    past = tf.matmul(tf.exp(shifted - past_scale), sums)
+    past = tf.matmul(tf.exp(shifted - past_scale), sums, transpose_b=True)
     pair = query + key
     scale = _row_maximum(pair)
     results = tf.reduce_sum(tf.exp(pair - scale), -1, keepdims=True) * value
@@ -579,6 +732,12 @@ def _merge(sums, scale, other_sums, other_scale):
         other_scale - joint
     )
     return sums, joint
+
+
+def _query_features(feature_map, query):
+    """Features up to a factor of each query, which the ratio cancels."""
+    relative = getattr(feature_map, "relative", feature_map)
+    return relative(query)
 
 
 def _key_features(feature_map, key, keep):
@@ -686,21 +845,24 @@ def _pairwise_logits(query, key):
     )
     zeros = tf.zeros_like(features[0][0] + features[1][0])
 
-    def accumulate(carry, feature):
-        pair = feature[0] + feature[1]
+    width = query.shape[-1]
+
+    def accumulate(index, carry):
+        pair = features[0][index] + features[1][index]
         scale = tf.maximum(carry[0], pair)
         total = carry[1] * tf.exp(carry[0] - scale) + tf.exp(pair - scale)
         return (), (scale, total)
 
-    _, (scale, total) = _walk(accumulate, features, (zeros + FLOOR, zeros))
+    _, (scale, total) = _walk(accumulate, width, (zeros + FLOOR, zeros))
     logits = scale + tf.math.log(total)
 
     def gradient(upstream):
-        def one(carry, feature):
-            share = upstream * tf.exp(feature[0] + feature[1] - logits)
+        def one(index, carry):
+            pair = features[0][index] + features[1][index]
+            share = upstream * tf.exp(pair - logits)
             return (tf.reduce_sum(share, -1), tf.reduce_sum(share, -2)), carry
 
-        (of_query, of_key), _ = _walk(one, features, (), results=2)
+        (of_query, of_key), _ = _walk(one, width, (), results=2)
         back = (1, 2, 3, 0)
         return tf.transpose(of_query, back), tf.transpose(of_key, back)
 
@@ -724,17 +886,14 @@ def _unbind(feature_map):
     return tensors, rebuild
 
 
-def _nothing(key, value, feature_map):
-    """Maximum and sums that have seen no key."""
-    return initial_state(
-        _size(key, 0), key.shape[2], feature_map.width, value.shape[3]
-    )[:2]
+def _nothing(keys, value, feature_map):
+    """Maximum and sums that have seen no key, for one group."""
+    shape = keys.group, value.shape[-2], feature_map.width, value.shape[-1]
+    return initial_state(*shape)[:2]
 
 
 def _add(carry, others):
-    return [
-        a if b is None else a + b for a, b in zip(carry, others, strict=True)
-    ]
+    return [a + b for a, b in zip(carry, others, strict=True)]
 
 
 def _chunk_of(length, largest):
@@ -757,12 +916,6 @@ def _size(x, axis):
 
 
 def _least(size, least):
-    if isinstance(size, int):
+    if isinstance(size, int) and isinstance(least, int):
         return max(size, least)
     return tf.maximum(size, least)
-
-
-def _clip(size, low, high):
-    if isinstance(size, int):
-        return min(max(size, low), high)
-    return tf.clip_by_value(size, low, high)
