@@ -64,9 +64,11 @@ class PositiveMap(NamedTuple):
     def _sides(self, x, exponent):
         projected = tf.matmul(x, self.projection)
         exponent = _per_frequency(exponent, projected)
-        if not self.two_sided:
-            return exponent + projected
-        return tf.concat([exponent + projected, exponent - projected], -1)
+        if self.two_sided:
+            projected = tf.concat([projected, -projected], -1)
+            if exponent.shape[-1] > 1:
+                exponent = tf.concat([exponent, exponent], -1)
+        return projected + exponent
 
     def _quadratic_form(self, x):
         if self.quadratic.shape.rank == 3 and self.quadratic.shape[-1] == 1:

@@ -34,9 +34,11 @@ _UNDERFLOW = math.exp(-60.0)
 _SIGNED_LIMIT = 1e-2
 # Causal tokens attend within a chunk by an explicit matrix.
 CHUNK_SIZE = 64
-# Tokens times heads times batch in a block: on a CPU so many that features
-# stay in cache, elsewhere so many that a device is filled.
-_CPU_BLOCK_ROWS = 4096
+# Tokens times heads times batch in a block. On a CPU features stay in cache,
+# where causal blocks also hold a state for each chunk (measured: README).
+_CPU_BLOCK_ROWS = 8192
+_CPU_CAUSAL_BLOCK_ROWS = 2048
+# Elsewhere a block fills the device (an estimate, not measured).
 _ACCELERATOR_BLOCK_ROWS = 65536
 _MAX_BLOCK = 8192
 
@@ -94,9 +96,9 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
     def attend(query, key, value, *tensors):
         bound = rebuild(tensors)
         query, key, value = (
-            queries.split(query),
-            keys.split(key),
-            keys.split(value),
+            queries.pad(query),
+            keys.pad(key),
+            keys.pad(value),
         )
 
         def key_block(*at):
@@ -122,7 +124,7 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
         output, normalizer = queries.join(output), queries.join(normalizer)
 
         def gradient(upstream):
-            ratio = [queries.split(x) for x in (upstream, output, normalizer)]
+            ratio = [queries.pad(x) for x in (upstream, output, normalizer)]
 
             def unread(group, block, maximum, sums):
                 wanted = [queries.pick(query, group, block), sums, *tensors]
@@ -207,7 +209,7 @@ def causal(query, key, value, feature_map, *, key_mask=None, state=None):
         `(batch, length, heads, value_dim)` and the `AttentionState` after the
         last token.
     """
-    _, blocks = _grids(query, key, key_mask, multiple=CHUNK_SIZE)
+    _, blocks = _grids(query, key, key_mask, is_causal=True)
     tensors, rebuild = _unbind(feature_map)
     if state is None:
         state = initial_state(
@@ -221,7 +223,7 @@ def causal(query, key, value, feature_map, *, key_mask=None, state=None):
     @tf.custom_gradient
     def attend(query, key, value, maximum, sums, *tensors):
         bound = rebuild(tensors)
-        inputs = [blocks.split(x) for x in (query, key, value)]
+        inputs = [blocks.pad(x) for x in (query, key, value)]
         initial = [blocks.split_batch(x) for x in (maximum, sums)]
 
         def forward(group, _):
@@ -232,13 +234,15 @@ def causal(query, key, value, feature_map, *, key_mask=None, state=None):
                 results, after = _causal_block(bound, *tokens, *state)
                 exact = True
                 if bound.positive:
-                    exact = _is_exact(results, blocks.pick_rows(sees, *at))
+                    exact = _is_exact(
+                        results, _optional(blocks.pick, sees, *at)
+                    )
                     results = tf.cond(
                         exact,
                         lambda: results,
                         lambda: _strict_block(bound, *tokens, *state)[0],
                     )
-                ratio = _divide(results, blocks.pick_rows(counts, *at))
+                ratio = _divide(results, _optional(blocks.pick, counts, *at))
                 exact = tf.cast(exact, tf.float32)
                 return (*map(_tokens, ratio), *state, exact), after
 
@@ -259,7 +263,7 @@ def causal(query, key, value, feature_map, *, key_mask=None, state=None):
 
         def gradient(upstream, _, of_sums):
             of_after = blocks.split_batch(of_sums)
-            ratio = [blocks.split(x) for x in (upstream, output, normalizer)]
+            ratio = [blocks.pad(x) for x in (upstream, output, normalizer)]
 
             def unattend(group, block, of_sums):
                 at = group, block
@@ -268,7 +272,7 @@ def causal(query, key, value, feature_map, *, key_mask=None, state=None):
                 wanted += tensors
                 of_results = _divide_gradient(
                     *(blocks.pick(x, *at) for x in ratio),
-                    blocks.pick_rows(counts, *at),
+                    _optional(blocks.pick, counts, *at),
                 )
 
                 def through(function):
@@ -428,21 +432,22 @@ def quadratic(
     return tf.transpose(output, (0, 2, 1, 3)), weights
 
 
-def _grids(query, key, mask, multiple=1):
+def _grids(query, key, mask, is_causal=False):
     """Grids of the queries and of the keys, with the same groups."""
     sizes = [_size(x, 1) for x in (query, key)]
-    tokens = _block_limit(key.shape[2])
+    limit = _block_limit(key.shape[2], is_causal)
     longest = _least(sizes[0], sizes[1])
-    per_group = _least(tokens // _least(longest, 1), 1)
-    arguments = per_group, tokens, multiple
+    per_group = _least(limit // _least(longest, 1), 1)
+    arguments = per_group, limit, CHUNK_SIZE if is_causal else 1
     return _Grid(query, None, *arguments), _Grid(key, mask, *arguments)
 
 
-def _block_limit(heads):
+def _block_limit(heads, is_causal):
     """Most tokens in a block."""
-    rows = _CPU_BLOCK_ROWS
     if any(tf.config.list_logical_devices(x) for x in ("GPU", "TPU")):
         rows = _ACCELERATOR_BLOCK_ROWS
+    else:
+        rows = _CPU_CAUSAL_BLOCK_ROWS if is_causal else _CPU_BLOCK_ROWS
     return min(max(rows // heads, CHUNK_SIZE), _MAX_BLOCK)
 
 
@@ -476,17 +481,14 @@ class _Grid:
         self.mask = None if mask is None else tf.cast(mask, "bool")
         if self.is_padded and mask is None:
             self.mask = tf.ones((self.batch, self.length), "bool")
-        self._rows = self.split(self.mask)
+        self.mask = self.pad(self.mask)
 
-    def split(self, x):
-        """`(groups, group, blocks, block, ...)`; `None` stays `None`."""
-        if x is None:
-            return None
-        if self.is_padded:
-            rest = [(0, 0)] * (x.shape.rank - 2)
-            x = tf.pad(x, [(0, n) for n in self.padding] + rest)
-        shape = (self.groups, self.group, self.count, self.size)
-        return tf.reshape(x, (*shape, *x.shape[2:]))
+    def pad(self, x):
+        """Whole groups and blocks; `None` stays `None`."""
+        if x is None or not self.is_padded:
+            return x
+        rest = [(0, 0)] * (x.shape.rank - 2)
+        return tf.pad(x, [(0, n) for n in self.padding] + rest)
 
     def split_batch(self, x):
         if self.is_padded:
@@ -495,17 +497,22 @@ class _Grid:
         return tf.reshape(x, (self.groups, self.group, *x.shape[1:]))
 
     def pick(self, x, group, block):
-        """One block, heads before tokens."""
-        return _tokens(x[group, :, block])
-
-    def pick_rows(self, rows, group, block):
-        """One block of `(batch, length)` split, `(group, 1, block, 1)`."""
-        if rows is None:
-            return None
-        return rows[group, :, block][:, tf.newaxis, :, tf.newaxis]
+        """One block of what was padded, heads before tokens."""
+        # Sliced as it lies: XLA copies a whole array that is reshaped before
+        # a loop.
+        begin = group * self.group, block * self.size
+        size = self.group, self.size
+        if x.shape.rank == 2:
+            rows = tf.slice(x, begin, size)
+            return rows[:, tf.newaxis, :, tf.newaxis]
+        begin, size = (*begin, 0, 0), (*size, *x.shape[2:])
+        return _tokens(tf.slice(x, begin, size))
 
     def keep(self, group, block):
-        return self.pick_rows(self._rows, group, block)
+        """Which keys of a block are seen, `(group, 1, block, 1)`."""
+        if self.mask is None:
+            return None
+        return self.pick(self.mask, group, block)
 
     def join_blocks(self, x):
         """Stacked blocks of one group to sequences, tokens before heads."""
@@ -524,34 +531,39 @@ class _Grid:
         return x[: self.batch] if self.is_padded else x
 
     def running_count(self, past):
-        """Visible keys up to each position, split into blocks."""
+        """Visible keys up to each position, padded."""
         if self.mask is None:
             counts = tf.range(1, self.length + 1, dtype=tf.float32)[tf.newaxis]
-            return self.split(counts + past[:, tf.newaxis])
+            return counts + past[:, tf.newaxis]
         # Two levels, since XLA sums a running sum anew at every position.
-        ones = tf.cast(self._rows, tf.float32)
+        ones = tf.cast(self.mask, tf.float32)
         shape = (self.groups * self.group, -1, self.multiple)
         ones = tf.reshape(ones, shape)
         before = tf.cumsum(tf.reduce_sum(ones, 2), axis=1, exclusive=True)
         past = tf.reshape(self.split_batch(past), (-1, 1, 1))
         counts = before[..., tf.newaxis] + past + tf.cumsum(ones, axis=2)
-        return tf.reshape(counts, tf.shape(self._rows))
+        return tf.reshape(counts, tf.shape(self.mask))
 
     def sees_a_key(self, past):
-        """Which causal rows see a key, split into blocks; `None` for all."""
+        """Which causal rows see a key, padded; `None` for all."""
         if self.mask is None:
             return None
         # By the first visible key: no running sum over the length.
         first = tf.argmax(self.mask, axis=1, output_type=tf.int32)
-        rows = tf.range(self.length)[tf.newaxis]
-        sees = rows >= first[:, tf.newaxis]
+        length = self.count * self.size
+        sees = tf.range(length) >= first[:, tf.newaxis]
         sees &= tf.reduce_any(self.mask, axis=1, keepdims=True)
-        return self.split(sees | (past[:, tf.newaxis] > 0))
+        past = tf.reshape(self.split_batch(past), (-1, 1))
+        return sees | (past > 0)
 
 
 def _tokens(x):
     """Swaps tokens and heads."""
     return tf.transpose(x, (0, 2, 1, 3))
+
+
+def _optional(function, x, *arguments):
+    return None if x is None else function(x, *arguments)
 
 
 def _at(count, group):
@@ -680,7 +692,7 @@ def _strict(query, key, value, maximum, sums):
     reference is a maximum over visible keys only.
     """
     length = query.shape[2]
-    longest = _block_limit(query.shape[1]) if length is None else length
+    longest = _block_limit(query.shape[1], True) if length is None else length
     target = 1 << (longest - 1).bit_length()
     shape = tf.shape(value)
     extra = target - _size(query, 2)
