@@ -100,33 +100,31 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
             keys.pad(key),
             keys.pad(value),
         )
+        nothing = _nothing(keys, value, bound)
 
         def key_block(*at):
             return keys.pick(key, *at), keys.pick(value, *at), keys.keep(*at)
 
-        def forward(group, _):
-            def absorb(block, state):
-                return (), _absorb(bound, *state, *key_block(group, block))
+        def absorb(group, block, state):
+            state = _restart(block == 0, nothing, state)
+            state = _absorb(bound, *state, *key_block(group, block))
+            return (), state, state
 
-            def read(block, _):
-                sums = _read(bound, queries.pick(query, group, block), *state)
-                return [
-                    _tokens(x) for x in _divide(sums, _at(count, group))
-                ], ()
+        _, states, _ = _walk(absorb, keys.sizes, nothing, kept=2)
 
-            state = _walk(absorb, keys.count, _nothing(keys, value, bound))[1]
-            results, _ = _walk(read, queries.count, (), results=2)
-            return (*map(queries.join_blocks, results), *state), ()
+        def read(group, block, _):
+            state = [x[group] for x in states]
+            sums = _read(bound, queries.pick(query, group, block), *state)
+            return _divide(sums, _at(count, group)), (), ()
 
-        (output, normalizer, *states), _ = _walk(
-            forward, keys.groups, (), results=4
-        )
-        output, normalizer = queries.join(output), queries.join(normalizer)
+        results, _, _ = _walk(read, queries.sizes, (), results=2)
+        output, normalizer = map(queries.join, results)
 
         def gradient(upstream):
             ratio = [queries.pad(x) for x in (upstream, output, normalizer)]
 
-            def unread(group, block, maximum, sums):
+            def unread(group, block, carry):
+                maximum, sums = (x[group] for x in states)
                 wanted = [queries.pick(query, group, block), sums, *tensors]
                 with tf.GradientTape(watch_accessed_variables=False) as tape:
                     tape.watch(wanted)
@@ -137,53 +135,36 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
                     *(queries.pick(x, group, block) for x in ratio),
                     _at(count, group),
                 )
-                return _gradients(tape, results, wanted, of_results)
+                of_query, *others = _gradients(
+                    tape, results, wanted, of_results
+                )
+                past = _restart(block == 0, [tf.zeros_like(sums)], carry[:1])
+                carry = _add([*past, *carry[1:]], others)
+                return [of_query], carry[:1], carry
 
-            def unabsorb(group, block, maximum, of_sums):
+            def unabsorb(group, block, of_tensors):
                 key, value, keep = key_block(group, block)
                 wanted = [key, value, *tensors]
                 with tf.GradientTape(watch_accessed_variables=False) as tape:
                     tape.watch(wanted)
-                    sums = _sums(rebuild(tensors), key, value, keep, maximum)
-                return _gradients(tape, sums, wanted, of_sums)
-
-            def backward(group, of_tensors):
-                maximum, sums = (x[group] for x in states)
-
-                def query_block(block, carry):
-                    of_query, *others = unread(group, block, maximum, sums)
-                    return (_tokens(of_query),), _add(carry, others)
-
-                (of_query,), (of_sums, *of_tensors) = _walk(
-                    query_block,
-                    queries.count,
-                    (tf.zeros_like(sums), *of_tensors),
-                    results=1,
-                )
-
-                def key_block(block, carry):
-                    of_key, of_value, *others = unabsorb(
-                        group, block, maximum, of_sums
+                    sums = _sums(
+                        rebuild(tensors), key, value, keep, states[0][group]
                     )
-                    results = _tokens(of_key), _tokens(of_value)
-                    return results, _add(carry, others)
-
-                of_keys, of_tensors = _walk(
-                    key_block, keys.count, of_tensors, results=2
+                of_key, of_value, *others = _gradients(
+                    tape, sums, wanted, of_sums[group]
                 )
-                return (
-                    queries.join_blocks(of_query),
-                    *map(keys.join_blocks, of_keys),
-                ), of_tensors
+                return (of_key, of_value), (), _add(of_tensors, others)
 
-            zeros = [tf.zeros_like(x) for x in tensors]
-            (of_query, of_key, of_value), of_tensors = _walk(
-                backward, keys.groups, zeros, results=3
+            zeros = [tf.zeros_like(x) for x in (nothing[1], *tensors)]
+            (of_query,), (of_sums,), (_, *of_tensors) = _walk(
+                unread, queries.sizes, zeros, results=1, kept=1
+            )
+            of_keys, _, of_tensors = _walk(
+                unabsorb, keys.sizes, of_tensors, results=2
             )
             return (
                 queries.join(of_query),
-                keys.join(of_key),
-                keys.join(of_value),
+                *map(keys.join, of_keys),
                 *of_tensors,
             )
 
@@ -225,54 +206,47 @@ def causal(query, key, value, feature_map, *, key_mask=None, state=None):
         bound = rebuild(tensors)
         inputs = [blocks.pad(x) for x in (query, key, value)]
         initial = [blocks.split_batch(x) for x in (maximum, sums)]
+        last = blocks.count - 1
 
-        def forward(group, _):
-            def attend_block(block, state):
-                at = group, block
-                tokens = [blocks.pick(x, *at) for x in inputs]
-                tokens.append(blocks.keep(*at))
-                results, after = _causal_block(bound, *tokens, *state)
-                exact = True
-                if bound.positive:
-                    exact = _is_exact(
-                        results, _optional(blocks.pick, sees, *at)
-                    )
-                    results = tf.cond(
-                        exact,
-                        lambda: results,
-                        lambda: _strict_block(bound, *tokens, *state)[0],
-                    )
-                ratio = _divide(results, _optional(blocks.pick, counts, *at))
-                exact = tf.cast(exact, tf.float32)
-                return (*map(_tokens, ratio), *state, exact), after
+        def forward(group, block, state):
+            at = group, block
+            start = [x[group] for x in initial]
+            state = _restart(block == 0, start, state)
+            tokens = [blocks.pick(x, *at) for x in inputs]
+            tokens.append(blocks.keep(*at))
+            results, after = _causal_block(bound, *tokens, *state)
+            exact = True
+            if bound.positive:
+                exact = _is_exact(results, _optional(blocks.pick, sees, *at))
+                results = tf.cond(
+                    exact,
+                    lambda: results,
+                    lambda: _strict_block(bound, *tokens, *state)[0],
+                )
+            ratio = _divide(results, _optional(blocks.pick, counts, *at))
+            exact = tf.cast(exact, tf.float32)
+            return (*ratio, *state, exact), after, after
 
-            (*results, maxima, sums, exact), after = _walk(
-                attend_block,
-                blocks.count,
-                tuple(x[group] for x in initial),
-                results=5,
-            )
-            results = map(blocks.join_blocks, results)
-            return (*results, maxima, sums, exact, *after), ()
-
-        (output, normalizer, *saved, maximum, sums), _ = _walk(
-            forward, blocks.groups, (), results=7
+        (*ratio, maxima, sums, exact), after, _ = _walk(
+            forward, blocks.sizes, [x[0] for x in initial], results=5, kept=2
         )
-        output, normalizer = blocks.join(output), blocks.join(normalizer)
-        after = [blocks.join_batch(x) for x in (maximum, sums)]
+        output, normalizer = map(blocks.join, ratio)
 
         def gradient(upstream, _, of_sums):
             of_after = blocks.split_batch(of_sums)
             ratio = [blocks.pad(x) for x in (upstream, output, normalizer)]
 
-            def unattend(group, block, of_sums):
+            def backward(group, block, carry):
                 at = group, block
-                maximum, sums, exact = (x[group, block] for x in saved)
-                wanted = [*(blocks.pick(x, *at) for x in inputs), sums]
-                wanted += tensors
+                index = group * blocks.count + block
+                wanted = [blocks.pick(x, *at) for x in inputs]
+                wanted += [sums[index], *tensors]
                 of_results = _divide_gradient(
                     *(blocks.pick(x, *at) for x in ratio),
                     _optional(blocks.pick, counts, *at),
+                )
+                (of_sums,) = _restart(
+                    block == last, [of_after[group]], carry[:1]
                 )
 
                 def through(function):
@@ -282,52 +256,37 @@ def causal(query, key, value, feature_map, *, key_mask=None, state=None):
                             rebuild(wanted[4:]),
                             *wanted[:3],
                             blocks.keep(*at),
-                            maximum,
+                            maxima[index],
                             wanted[3],
                         )
                     return _gradients(
                         t, [results, after], wanted, [of_results, of_sums]
                     )
 
-                if not bound.positive:
-                    return through(_causal_block)
-                return tf.cond(
-                    exact > 0.0,
-                    lambda: through(_causal_block),
-                    lambda: through(_strict_block),
-                )
+                if bound.positive:
+                    gradients = tf.cond(
+                        exact[index] > 0.0,
+                        lambda: through(_causal_block),
+                        lambda: through(_strict_block),
+                    )
+                else:
+                    gradients = through(_causal_block)
+                of_sums = gradients[3:4]
+                of_tensors = _add(carry[1:], gradients[4:])
+                return gradients[:3], of_sums, [*of_sums, *of_tensors]
 
-            def backward(group, of_tensors):
-                def block_backward(block, carry):
-                    gradients = unattend(group, block, carry[0])
-                    results = tuple(map(_tokens, gradients[:3]))
-                    others = _add(carry[1:], gradients[4:])
-                    return results, (gradients[3], *others)
-
-                of_inputs, (of_sums, *of_tensors) = _walk(
-                    block_backward,
-                    blocks.count,
-                    (of_after[group], *of_tensors),
-                    results=3,
-                    reverse=True,
-                )
-                of_inputs = map(blocks.join_blocks, of_inputs)
-                return (*of_inputs, of_sums), of_tensors
-
-            (*of_inputs, of_sums), of_tensors = _walk(
-                backward,
-                blocks.groups,
-                [tf.zeros_like(x) for x in tensors],
-                results=4,
+            zeros = [tf.zeros_like(x) for x in (of_after[0], *tensors)]
+            of_inputs, (of_sums,), (_, *of_tensors) = _walk(
+                backward, blocks.sizes, zeros, results=3, kept=1, reverse=True
             )
             return (
                 *map(blocks.join, of_inputs),
-                tf.zeros_like(after[0]),
+                tf.zeros_like(maximum),
                 blocks.join_batch(of_sums),
                 *of_tensors,
             )
 
-        return (output, *after), gradient
+        return (output, *map(blocks.join_batch, after)), gradient
 
     output, maximum, sums = attend(
         query, key, value, state.maximum, state.sums, *tensors
@@ -459,8 +418,8 @@ class _Grid:
     padded is masked.
 
     Attributes:
-        groups: number of groups of sequences.
-        count: number of blocks of tokens.
+        groups, count: numbers of groups, and of blocks in each.
+        sizes: both.
     """
 
     def __init__(self, x, mask, per_group, limit, multiple):
@@ -468,6 +427,7 @@ class _Grid:
         self.groups = _least(-(-self.batch // per_group), 1)
         self.group = -(-self.batch // self.groups)
         self.count = _least(-(-self.length // limit), 1)
+        self.sizes = self.groups, self.count
         size = _least(-(-self.length // self.count), 1)
         self.multiple = _chunk_of(size, multiple)
         self.size = -(-size // self.multiple) * self.multiple
@@ -514,16 +474,13 @@ class _Grid:
             return None
         return self.pick(self.mask, group, block)
 
-    def join_blocks(self, x):
-        """Stacked blocks of one group to sequences, tokens before heads."""
-        x = tf.transpose(x, (1, 0, 2, 3, 4))
-        shape = (self.group, self.count * self.size, *x.shape[3:])
-        return tf.reshape(x, shape)
-
     def join(self, x):
-        """Stacked groups of sequences to `(batch, length, heads, dim)`."""
-        shape = (self.groups * self.group, self.count * self.size)
-        x = tf.reshape(x, (*shape, *x.shape[3:]))
+        """Stacked blocks, heads first, to `(batch, length, heads, dim)`."""
+        batch, length = self.groups * self.group, self.count * self.size
+        shape = self.groups, self.count, self.group, *x.shape[2:3], self.size
+        x = tf.reshape(x, (*shape, x.shape[4]))
+        x = tf.transpose(x, (0, 2, 1, 4, 3, 5))
+        x = tf.reshape(x, (batch, length, *x.shape[4:]))
         return x[: self.batch, : self.length] if self.is_padded else x
 
     def join_batch(self, x):
@@ -573,34 +530,72 @@ def _at(count, group):
     return count[group][:, tf.newaxis, tf.newaxis, tf.newaxis]
 
 
-def _walk(body, count, carry, results=0, reverse=False):
-    """Runs `body(index, carry) -> (results, carry)` for 0 … `count` − 1.
+def _walk(body, sizes, carry, results=0, kept=0, reverse=False):
+    """Walks all blocks of all groups.
 
-    Returns a tuple of `results` float32 tensors, stacked, and the last carry.
-    A loop of constant size in the graph, whatever the length.
+    Args:
+        body: `(group, block, carry) -> (results, kept, carry)`.
+        sizes: number of groups, and of blocks in each.
+        carry: tensors of the first call.
+        results: number of float32 tensors that each block gives.
+        kept: number of float32 tensors of which a group keeps the last.
+
+    Returns:
+        The results stacked over blocks, the kept stacked over groups, and the
+        last carry. A loop of constant size in the graph, whatever the length.
     """
-    if isinstance(count, int) and count == 1:
-        outputs, carry = body(0, carry)
-        return tuple(x[tf.newaxis] for x in outputs), carry
+    groups, count = sizes
+    total = groups * count
+    if isinstance(total, int) and total == 1:
+        outputs, ends, carry = body(0, 0, carry)
+        return (
+            [x[tf.newaxis] for x in outputs],
+            [x[tf.newaxis] for x in ends],
+            carry,
+        )
 
     def advance(index, carry, arrays):
-        position = count - 1 - index if reverse else index
-        outputs, carry = body(position, carry)
+        position = total - 1 - index if reverse else index
+        group, block = position // count, position % count
+        if isinstance(count, int) and count == 1:
+            group, block = position, 0
+        elif isinstance(groups, int) and groups == 1:
+            group, block = 0, position
+        outputs, ends, carry = body(group, block, carry)
         arrays = [
-            array.write(position, x)
-            for array, x in zip(arrays, outputs, strict=True)
+            array.write(at, x)
+            for array, at, x in zip(
+                arrays,
+                [position] * results + [group] * kept,
+                [*outputs, *ends],
+                strict=True,
+            )
         ]
         return index + 1, tuple(carry), arrays
 
-    arrays = [tf.TensorArray(tf.float32, size=count) for _ in range(results)]
     _, carry, arrays = tf.while_loop(
-        lambda index, *_: index < count,
+        lambda index, *_: index < total,
         advance,
-        (tf.constant(0), tuple(carry), arrays),
+        (
+            tf.constant(0),
+            tuple(carry),
+            [
+                tf.TensorArray(tf.float32, size=size)
+                for size in [total] * results + [groups] * kept
+            ],
+        ),
         parallel_iterations=1,
-        maximum_iterations=count,
+        maximum_iterations=total,
     )
-    return tuple(array.stack() for array in arrays), carry
+    stacked = [array.stack() for array in arrays]
+    return stacked[:results], stacked[results:], carry
+
+
+def _restart(is_first, start, carry):
+    """`start` at the first block of a group, else what was carried."""
+    if isinstance(is_first, bool):
+        return list(start if is_first else carry)
+    return [tf.where(is_first, a, b) for a, b in zip(start, carry, strict=True)]
 
 
 def _gradients(tape, results, wanted, upstream):
@@ -855,26 +850,27 @@ def _pairwise_logits(query, key):
         tf.transpose(query, (3, 0, 1, 2))[..., tf.newaxis],
         tf.transpose(key, (3, 0, 1, 2))[..., tf.newaxis, :],
     )
+    sizes = query.shape[-1], 1
     zeros = tf.zeros_like(features[0][0] + features[1][0])
 
-    width = query.shape[-1]
-
-    def accumulate(index, carry):
+    def accumulate(index, _, carry):
         pair = features[0][index] + features[1][index]
         scale = tf.maximum(carry[0], pair)
         total = carry[1] * tf.exp(carry[0] - scale) + tf.exp(pair - scale)
-        return (), (scale, total)
+        return (), (), (scale, total)
 
-    _, (scale, total) = _walk(accumulate, width, (zeros + FLOOR, zeros))
+    start = zeros + FLOOR, zeros
+    _, _, (scale, total) = _walk(accumulate, sizes, start)
     logits = scale + tf.math.log(total)
 
     def gradient(upstream):
-        def one(index, carry):
+        def one(index, *_):
             pair = features[0][index] + features[1][index]
             share = upstream * tf.exp(pair - logits)
-            return (tf.reduce_sum(share, -1), tf.reduce_sum(share, -2)), carry
+            sums = tf.reduce_sum(share, -1), tf.reduce_sum(share, -2)
+            return sums, (), ()
 
-        (of_query, of_key), _ = _walk(one, width, (), results=2)
+        (of_query, of_key), _, _ = _walk(one, sizes, (), results=2)
         back = (1, 2, 3, 0)
         return tf.transpose(of_query, back), tf.transpose(of_key, back)
 
