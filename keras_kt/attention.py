@@ -16,6 +16,9 @@ import tensorflow as tf
 from keras_kt import feature_maps, linear_attention, spectral_priors
 
 IMPLEMENTATIONS = ("auto", "linear", "quadratic")
+# Up to this length the matrix costs no more than the linear form, with XLA and
+# without (benchmarks/attention.py --lengths 16 32 64 128 --levels core).
+SHORT_LENGTH = 32
 REDRAWS = ("never", "step")
 
 
@@ -67,8 +70,9 @@ class KernelizedAttention(keras.layers.Layer):
             saving and decoding still use the stored draw.
         implementation: `"auto"` (default) is linear, except where a call needs
             the matrix (a dense `attention_mask`, `return_attention_scores`,
-            `sliding_window`). `"linear"` refuses those. `"quadratic"` always
-            forms the matrix of the same estimate.
+            `sliding_window`) and where forming it is faster: sequences known
+            to have at most 32 tokens. `"linear"` never forms it and refuses
+            such calls. `"quadratic"` always forms it. The estimate is the same.
 
     Call arguments:
         query: `(batch, query_length, features)`.
@@ -455,7 +459,7 @@ class KernelizedAttention(keras.layers.Layer):
         )
         v = tf.cast(folding.fold(value), tf.float32)
         scores = None
-        if needs_matrix:
+        if needs_matrix or self._prefers_matrix(q, k):
             heads, scores = linear_attention.quadratic(
                 q,
                 k,
@@ -517,6 +521,14 @@ class KernelizedAttention(keras.layers.Layer):
                 stacklevel=2,
             )
         return True
+
+    def _prefers_matrix(self, query, key):
+        lengths = query.shape[1], key.shape[1]
+        return (
+            self.implementation == "auto"
+            and None not in lengths
+            and max(lengths) <= SHORT_LENGTH
+        )
 
     def _kernel_inputs(self, query, key, training=False):
         """Queries and keys, float32, and the feature map that scales them."""

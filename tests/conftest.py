@@ -6,9 +6,17 @@ import keras
 import pytest
 import tensorflow as tf
 
+from keras_kt import attention
+
 tf.config.set_visible_devices([], "GPU")
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     keras.utils.set_random_seed(1234)
+
+
+@pytest.fixture(autouse=True)
+def _linear_at_any_length(monkeypatch):
+    """Tests are short; what "auto" does with short inputs has its own test."""
+    monkeypatch.setattr(attention, "SHORT_LENGTH", 0)

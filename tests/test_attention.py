@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
-from keras_kt import linear_attention
+from keras_kt import attention, linear_attention
 from tests import cases
 from tests.contract import layer_contract
 
@@ -753,3 +753,34 @@ def test_another_backend_is_refused_by_name():
     assert result.returncode != 0
     assert "needs the TensorFlow backend" in result.stderr
     assert "KERAS_BACKEND=tensorflow" in result.stderr
+
+
+@pytest.mark.parametrize("causal", (False, True))
+def test_auto_forms_the_matrix_only_of_short_inputs(causal, monkeypatch):
+    monkeypatch.setattr(attention, "SHORT_LENGTH", 32)
+    routes = []
+    for name in ("quadratic", "causal", "bidirectional"):
+
+        def spy(*args, name=name, plain=getattr(linear_attention, name), **kw):
+            routes.append(name)
+            return plain(*args, **kw)
+
+        monkeypatch.setattr(linear_attention, name, spy)
+    auto, linear = pair_of("auto", "linear", (2, None, 6))
+    expected = {True: "causal", False: "bidirectional"}[causal]
+    for length, route in ((32, "quadratic"), (33, expected)):
+        x = array((2, length, 6))
+        routes.clear()
+        short = auto(x, x, use_causal_mask=causal)
+        assert routes == [route]
+        routes.clear()
+        long = linear(x, x, use_causal_mask=causal)
+        assert routes == [expected]
+        np.testing.assert_allclose(short, long, atol=1e-5)
+    # An unknown length may be long.
+    routes.clear()
+    spec = tf.TensorSpec((2, None, 6))
+    tf.function(
+        lambda x: auto(x, x, use_causal_mask=causal)
+    ).get_concrete_function(spec)
+    assert routes == [expected]
