@@ -759,24 +759,29 @@ def test_another_backend_is_refused_by_name():
 def test_auto_forms_the_matrix_only_of_short_inputs(causal, monkeypatch):
     monkeypatch.setattr(attention, "SHORT_LENGTH", 32)
     routes = []
-    for name in ("quadratic", "causal", "bidirectional"):
 
-        def spy(*args, name=name, plain=getattr(linear_attention, name), **kw):
+    def spy_on(name):
+        plain = getattr(linear_attention, name)
+
+        def spy(*args, **kwargs):
             routes.append(name)
-            return plain(*args, **kw)
+            return plain(*args, **kwargs)
 
         monkeypatch.setattr(linear_attention, name, spy)
+
+    for name in ("quadratic", "causal", "bidirectional"):
+        spy_on(name)
     auto, linear = pair_of("auto", "linear", (2, None, 6))
     expected = {True: "causal", False: "bidirectional"}[causal]
     for length, route in ((32, "quadratic"), (33, expected)):
         x = array((2, length, 6))
         routes.clear()
-        short = auto(x, x, use_causal_mask=causal)
+        one = auto(x, x, use_causal_mask=causal)
         assert routes == [route]
         routes.clear()
-        long = linear(x, x, use_causal_mask=causal)
+        other = linear(x, x, use_causal_mask=causal)
         assert routes == [expected]
-        np.testing.assert_allclose(short, long, atol=1e-5)
+        np.testing.assert_allclose(one, other, atol=1e-5)
     # An unknown length may be long.
     routes.clear()
     spec = tf.TensorSpec((2, None, 6))
