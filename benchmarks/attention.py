@@ -13,6 +13,8 @@ ours with its own kernel formed explicitly.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import os
@@ -391,13 +393,19 @@ def memory(args):
     """Peak memory of one call beyond its inputs, each in its own process."""
     rows = []
     for length in args.lengths:
-        for name in ("ours", "ours causal", "softmax"):
+        for name, jit in (
+            ("ours", "XLA"),
+            ("ours", "no-XLA"),
+            ("ours causal", "XLA"),
+            ("ours causal", "no-XLA"),
+            ("softmax", "no-XLA"),
+        ):
             if not is_affordable(name, args, 1, length):
                 continue
             command = [
                 sys.executable,
                 __file__,
-                *("--peak", name, str(length)),
+                *("--peak", name, str(length), jit),
                 *("--heads", str(args.heads)),
                 *("--head-dim", str(args.head_dim)),
                 *("--features", str(args.features)),
@@ -408,7 +416,7 @@ def memory(args):
             rows.append(json.loads(output.splitlines()[-1]))
             row = rows[-1]
             print(
-                f"  {name:12s} {length:7d} tokens: peak "
+                f"  {name:12s} {jit:6s} {length:7d} tokens: peak "
                 f"{row['peak'] / 2**20:9.1f} MiB, "
                 f"{row['peak'] / row['tensors']:.2f} x q, k, v, output and "
                 "their gradients",
@@ -417,12 +425,15 @@ def memory(args):
     return rows
 
 
-def peak_of_one(args, name, length):
-    """Child process: resident peak of the second call, over the idle level."""
+def peak_of_one(args, name, length, jit):
+    """Child process: resident peak of a later call, over the idle level."""
     function = backward(core_columns(args)[name])
     inputs = make_inputs(args, "core", 1, length)
-    compiled = tf.function(function)
+    compiled = tf.function(function, jit_compile=jit == "XLA")
     _wait(compiled(*inputs))
+    gc.collect()
+    # What the allocator keeps of the first call would hide part of the peak.
+    ctypes.CDLL(None).malloc_trim(0)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     results = compiled(*inputs)
@@ -431,6 +442,7 @@ def peak_of_one(args, name, length):
     row = {
         "column": name,
         "length": length,
+        "xla": jit == "XLA",
         # The inputs were there before.
         "peak": _status("VmHWM") - before + 3 * size,
         "tensors": 8 * size,
@@ -453,9 +465,7 @@ def decode(args):
     width = args.heads * args.head_dim
     layer.build((1, 1, width), (1, 1, width))
     token = tf.random.stateless_normal((1, 1, width), (0, 1))
-    step = tf.function(layer.step, jit_compile=True)
 
-    @tf.function(jit_compile=True)
     def cached(token, keys, values):
         query = layer.query_dense(token)
         keys = tf.concat([keys[:, 1:], layer.key_dense(token)], 1)
@@ -463,32 +473,50 @@ def decode(args):
         heads = softmax_core(query, keys, values)
         return layer.output_dense(heads), keys, values
 
-    runs, sizes = {}, {}
+    # Apart, since a long cache empties the processor's caches for all.
+    problems = {"ours": (layer.step, {}), "cache": (cached, {})}
+    sizes = {}
     state = layer.initial_state(1)
     for position in args.positions:
         at = state._replace(count=state.count + float(position))
-        runs["ours", position] = lambda at=at: step(token, at)[0]
+        problems["ours"][1][position] = token, at
         sizes["ours", position] = sum(4 * tf.size(x).numpy() for x in at)
         if position <= 65536:
             shape = (1, position, args.heads, args.head_dim)
             keys = tf.random.stateless_normal(shape, (1, 2))
-            runs["cache", position] = lambda k=keys: cached(token, k, k)[0]
+            problems["cache"][1][position] = token, keys, keys
             sizes["cache", position] = 8 * tf.size(keys).numpy()
-    _, seconds = measure(runs, 10 * args.repeats)
+    seconds = {}
+    for name, (function, positions) in problems.items():
+        runs = {}
+        for jit in (False, True):
+            compiled = tf.function(function, jit_compile=jit)
+            for position, inputs in positions.items():
+                runs[position, jit] = lambda compiled=compiled, inputs=inputs: (
+                    compiled(*inputs)[0]
+                )
+        _, times = measure(runs, 30 * args.repeats, args.budget)
+        for position in positions:
+            seconds[name, position] = min(
+                (times[position, jit] for jit in (False, True)), key=np.median
+            )
     rows = []
-    print("\ndecode, one token: median microseconds, bytes of memory")
+    print("\ndecode, one token: median microseconds (quartiles), bytes")
     for (name, position), values in seconds.items():
+        low, high = np.quantile(values, (0.25, 0.75))
         rows.append(
             {
                 "column": name,
                 "position": position,
                 "median": float(np.median(values)),
+                "quartiles": [float(low), float(high)],
                 "bytes": int(sizes[name, position]),
             }
         )
         print(
             f"  {name:6s} position {position:8d}: "
-            f"{1e6 * np.median(values):9.1f} us, {sizes[name, position]:11d}"
+            f"{1e6 * np.median(values):9.1f} us ({1e6 * low:.1f}-"
+            f"{1e6 * high:.1f}), {sizes[name, position]:11d} bytes"
         )
     return rows
 
@@ -557,10 +585,11 @@ def main():
     add("--decode", action="store_true", help="time of one token")
     add("--no-timings", action="store_true")
     add("--output", default="results/attention")
-    add("--peak", nargs=2, help=argparse.SUPPRESS)
+    add("--peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
-        return peak_of_one(args, args.peak[0], int(args.peak[1]))
+        name, length, jit = args.peak
+        return peak_of_one(args, name, int(length), jit)
     record = {
         "arguments": vars(args),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
