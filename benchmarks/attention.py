@@ -222,7 +222,10 @@ def is_affordable(name, args, batch, length):
         return False
     if "softmax" not in name and "matrix" not in name:
         return True
-    return 4.0 * batch * args.heads * length**2 <= MAX_SCORE_BYTES
+    # The causal column holds a masked copy too.
+    copies = 2 if "causal" in name else 1
+    size = 4.0 * copies * batch * args.heads * length**2
+    return size <= MAX_SCORE_BYTES
 
 
 def check_agreement(args):
@@ -616,7 +619,10 @@ def plot(record, path):
             )
         axis.set_xticks(lengths, [str(n) for n in lengths], fontsize=7)
         axis.minorticks_off()
-        axis.set_xlabel("length (batch · length constant)")
+        axis.set_xlabel(
+            f"length (batch · length = {record['arguments']['tokens']}, "
+            "beyond that batch 1)"
+        )
         axis.set_title(f"{level}, forward + backward")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
@@ -651,7 +657,11 @@ def main():
         name, length, jit = args.peak
         return peak_of_one(args, name, int(length), jit)
     record = {
-        "arguments": vars(args),
+        # Names, not paths, of this machine's files.
+        "arguments": {
+            **vars(args),
+            "model_garden": args.model_garden and Path(args.model_garden).name,
+        },
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "tensorflow": tf.__version__,
         "keras": keras.__version__,
