@@ -421,12 +421,12 @@ def test_ops_that_need_python_are_found(host, tmp_path):
 def test_names_come_from_inputs_dicts_and_specs(tmp_path):
     layer = keras_kt.KernelizedAttention(3, 5)
     named = {k: keras.Input((None, 6)) for k in ("query", "value")}
-    model = keras.Model(named, layer(named["query"], named["value"]))
+    keyed = keras.Model(named, layer(named["query"], named["value"]))
     unnamed = [keras.Input((None, 6)), keras.Input((None, 6), name="value")]
     listed = keras.Model(unnamed, layer(*unnamed))
     chain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     for model, inputs in (
-        (model, {"query", "value"}),
+        (keyed, {"query", "value"}),
         (listed, {"input_0", "value"}),
         (chain, {"input_0"}),
     ):
