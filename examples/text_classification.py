@@ -47,8 +47,9 @@ def main():
     )["accuracy"]
     folder, difference = export(model, test[0][:8], args)
     print(
-        f"Test accuracy {accuracy:.3f} after {args.steps} steps. {folder} "
-        f"takes raw strings and differs by {difference:.1e} from the live model."
+        f"Test accuracy {accuracy:.3f} after {args.steps} steps.\n"
+        f"{folder} takes raw strings; its answers differ by {difference:.1e} "
+        "from the live model's."
     )
 
 
@@ -75,8 +76,8 @@ def load_reviews(data_dir, examples, seed):
         sys.exit(
             f"No IMDb reviews in {data_dir.resolve()}. Download "
             "aclImdb_v1.tar.gz from "
-            "https://ai.stanford.edu/~amaas/data/sentiment/, unpack it and give "
-            "the folder that holds aclImdb/ with --data-dir."
+            "https://ai.stanford.edu/~amaas/data/sentiment/, unpack it and "
+            "give the folder that holds aclImdb/ with --data-dir."
         )
     shuffled = []
     for texts, labels in splits:
@@ -179,6 +180,7 @@ def batches(texts, labels, args):
         return tf.ensure_shape(tokens, (None, args.length)), label
 
     data = tf.data.Dataset.from_tensor_slices((texts, labels))
+    data = data.shuffle(len(texts), seed=args.seed)
     return data.batch(args.batch_size).map(prepare)
 
 
@@ -197,7 +199,7 @@ def fit(model, train, args):
     # Whole batches only: another size would compile again.
     whole = len(train[0]) // args.batch_size * args.batch_size
     texts, labels = train[0][:whole], train[1][:whole]
-    reports = min(10, args.steps)
+    reports = next(n for n in range(10, 0, -1) if args.steps % n == 0)
     model.fit(
         batches(texts, labels, args).repeat().prefetch(2),
         steps_per_epoch=args.steps // reports,
