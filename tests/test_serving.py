@@ -625,3 +625,82 @@ def test_four_layers_export_in_half_a_minute(tmp_path):
     seconds = time.perf_counter() - start
     print("export of four layers:", seconds, "s")
     assert seconds < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("feature_map", ("positive", "trigonometric"))
+def test_lite_rt_runs_a_fixed_length_and_a_decode_step(feature_map):
+    pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is missing")
+    layer = keras_kt.KernelizedAttention(3, 5, seed=1, feature_map=feature_map)
+    x = array((1, 79, 6))
+    layer.build(x.shape, x.shape)
+    run = lite_rt(lambda x: layer(x, x), x)
+    np.testing.assert_allclose(run(x), layer(x, x), atol=1e-4)
+
+    def decode(token, *state):
+        output, state = layer.step(token, keras_kt.AttentionState(*state))
+        return (output, *state)
+
+    expected = layer(x, x, use_causal_mask=True)
+    state = [part.numpy() for part in layer.initial_state(1)]
+    run = lite_rt(decode, x[:, :1], *state)
+    for index in range(x.shape[1]):
+        output, *state = run(x[:, index : index + 1], *state)
+        np.testing.assert_allclose(
+            output, expected[:, index : index + 1], atol=1e-4
+        )
+
+
+def lite_rt(function, *examples):
+    """A function of arrays, converted and run by the LiteRT interpreter."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    specs = [
+        tf.TensorSpec(x.shape, x.dtype, f"input_{i}")
+        for i, x in enumerate(examples)
+    ]
+    concrete = tf.function(
+        function, input_signature=specs, autograph=False
+    ).get_concrete_function()
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete])
+    interpreter = Interpreter(model_content=converter.convert())
+    interpreter.allocate_tensors()
+    inputs = sorted(interpreter.get_input_details(), key=lambda d: d["name"])
+    signature = interpreter.get_signature_list()
+    outputs = interpreter.get_output_details()
+    del signature
+
+    def run(*arrays):
+        for detail, x in zip(inputs, arrays, strict=True):
+            interpreter.set_tensor(detail["index"], np.asarray(x))
+        interpreter.invoke()
+        results = [interpreter.get_tensor(d["index"]) for d in outputs]
+        return results[0] if len(results) == 1 else results
+
+    return run
+
+
+@pytest.mark.slow
+def test_text_example_learns_exports_and_reloads(tmp_path):
+    words = {"neg": b"dull and boring ", "pos": b"a great joy to see "}
+    for split in ("train", "test"):
+        for name, word in words.items():
+            folder = tmp_path / "aclImdb" / split / name
+            folder.mkdir(parents=True)
+            for index in range(40):
+                (folder / f"{index}.txt").write_bytes(word * (1 + index % 5))
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "examples" / "text_classification.py"),
+            *("--data-dir", str(tmp_path), "--output", str(tmp_path / "out")),
+            *("--examples", "64", "--steps", "40", "--length", "64"),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    accuracy = float(done.stdout.split("Test accuracy ")[1].split()[0])
+    assert accuracy > 0.9
+    assert (tmp_path / "out" / "reviews" / "1" / "saved_model.pb").exists()
