@@ -634,50 +634,34 @@ def test_lite_rt_runs_a_fixed_length_and_a_decode_step(feature_map):
     layer = keras_kt.KernelizedAttention(3, 5, seed=1, feature_map=feature_map)
     x = array((1, 79, 6))
     layer.build(x.shape, x.shape)
-    run = lite_rt(lambda x: layer(x, x), x)
-    np.testing.assert_allclose(run(x), layer(x, x), atol=1e-4)
+    run = lite_rt(lambda x: {"y": layer(x, x)}, {"x": x})
+    np.testing.assert_allclose(run(x=x)["y"], layer(x, x), atol=1e-4)
 
     def decode(token, *state):
-        output, state = layer.step(token, keras_kt.AttentionState(*state))
-        return (output, *state)
+        y, state = layer.step(token, keras_kt.AttentionState(*state))
+        return {"y": y, **state._asdict()}
 
     expected = layer(x, x, use_causal_mask=True)
-    state = [part.numpy() for part in layer.initial_state(1)]
-    run = lite_rt(decode, x[:, :1], *state)
+    state = {k: v.numpy() for k, v in layer.initial_state(1)._asdict().items()}
+    run = lite_rt(decode, {"token": x[:, :1], **state})
     for index in range(x.shape[1]):
-        output, *state = run(x[:, index : index + 1], *state)
+        state = run(token=x[:, index : index + 1], **state)
         np.testing.assert_allclose(
-            output, expected[:, index : index + 1], atol=1e-4
+            state.pop("y"), expected[:, index : index + 1], atol=1e-4
         )
 
 
-def lite_rt(function, *examples):
-    """A function of arrays, converted and run by the LiteRT interpreter."""
+def lite_rt(function, examples):
+    """A function of tensors, converted, as the LiteRT interpreter runs it."""
     from ai_edge_litert.interpreter import Interpreter
 
-    specs = [
-        tf.TensorSpec(x.shape, x.dtype, f"input_{i}")
-        for i, x in enumerate(examples)
-    ]
+    specs = [tf.TensorSpec(x.shape, x.dtype, k) for k, x in examples.items()]
     concrete = tf.function(
         function, input_signature=specs, autograph=False
     ).get_concrete_function()
     converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete])
     interpreter = Interpreter(model_content=converter.convert())
-    interpreter.allocate_tensors()
-    inputs = sorted(interpreter.get_input_details(), key=lambda d: d["name"])
-    signature = interpreter.get_signature_list()
-    outputs = interpreter.get_output_details()
-    del signature
-
-    def run(*arrays):
-        for detail, x in zip(inputs, arrays, strict=True):
-            interpreter.set_tensor(detail["index"], np.asarray(x))
-        interpreter.invoke()
-        results = [interpreter.get_tensor(d["index"]) for d in outputs]
-        return results[0] if len(results) == 1 else results
-
-    return run
+    return interpreter.get_signature_runner()
 
 
 @pytest.mark.slow
