@@ -99,8 +99,8 @@ def export_saved_model(
     >>> attention = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
     >>> model = keras.Model(x, {"y": attention(x, x)})
     >>> folder = keras_kt.export_saved_model(model, tempfile.mkdtemp())
-    >>> served = tf.saved_model.load(folder).signatures["serve"]
-    >>> served(x=tf.ones((2, 100, 32)))["y"].shape
+    >>> served = tf.saved_model.load(folder)
+    >>> served.signatures["serve"](x=tf.ones((2, 100, 32)))["y"].shape
     TensorShape([2, 100, 32])
     """
     _check_model(model, streaming)
