@@ -286,7 +286,7 @@ def compiled_columns(args, level, batch, length):
 def measure(runs, repeats, budget=math.inf):
     """Seconds of each run, interleaved; the first call apart.
 
-    Slow runs stop after three repeats once `budget` seconds are spent on them.
+    Slow runs stop after two repeats once `budget` seconds are spent on them.
     """
     first, seconds = {}, {key: [] for key in runs}
     for key, run in runs.items():
@@ -296,7 +296,7 @@ def measure(runs, repeats, budget=math.inf):
         _wait(run())
     for _ in range(repeats):
         for key, run in runs.items():
-            if len(seconds[key]) >= 3 and sum(seconds[key]) > budget:
+            if len(seconds[key]) >= 2 and sum(seconds[key]) > budget:
                 continue
             start = time.perf_counter()
             _wait(run())
@@ -521,6 +521,66 @@ def decode(args):
     return rows
 
 
+def tables(record):
+    """Markdown: medians of the better of XLA and not, memory, decode."""
+    rows = record.get("timings", [])
+    lines = []
+    for level in dict.fromkeys(r["level"] for r in rows):
+        for mode in MODES:
+            here = [r for r in rows if r["level"] == level]
+            names = list(dict.fromkeys(r["column"] for r in here))
+            lines += [
+                f"{level}, {mode}, milliseconds",
+                "",
+                "| length | " + " | ".join(names) + " |",
+                "| --- " * (len(names) + 1) + "|",
+            ]
+            for length in sorted({r["length"] for r in here}):
+                cells = []
+                for name in names:
+                    is_floor = name == "floor"
+                    row = best(
+                        here,
+                        length=length,
+                        column=name,
+                        mode="forward" if is_floor else mode,
+                    )
+                    factor = 3e3 if is_floor and mode != "forward" else 1e3
+                    cells.append(
+                        f"{factor * row['median']:.1f}" if row else "–"
+                    )
+                lines.append(f"| {length} | " + " | ".join(cells) + " |")
+            lines.append("")
+    if "memory" in record:
+        lines += [
+            "core, forward + backward, batch 1: peak MiB, and over the bytes "
+            "of q, k, v, output and their gradients",
+            "",
+            "| column | XLA | length | MiB | ratio |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {r['column']} | {'yes' if r['xla'] else 'no'} | {r['length']} "
+            f"| {r['peak'] / 2**20:.1f} | {r['peak'] / r['tensors']:.2f} |"
+            for r in record["memory"]
+        ]
+        lines.append("")
+    if "decode" in record:
+        lines += [
+            "layer, decoding one token",
+            "",
+            "| column | position | microseconds | bytes |",
+            "| --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {r['column']} | {r['position']} | {1e6 * r['median']:.0f} "
+            f"| {r['bytes']} |"
+            for r in record["decode"]
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
 def plot(record, path):
     import matplotlib
 
@@ -607,7 +667,8 @@ def main():
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {path.with_suffix('.json')}")
+    path.with_suffix(".md").write_text(tables(record))
+    print(f"wrote {path.with_suffix('.json')} and {path.with_suffix('.md')}")
     if "timings" in record:
         try:
             plot(record, path.with_suffix(".png"))

@@ -34,6 +34,8 @@ _UNDERFLOW = math.exp(-60.0)
 _SIGNED_LIMIT = 1e-2
 # Causal tokens attend within a chunk by an explicit matrix.
 CHUNK_SIZE = 64
+# Where features lose rows to underflow, so many tokens attend pair by pair.
+_STRICT_SIZE = 16
 # Tokens times heads times batch in a block. On a CPU features stay in cache,
 # where causal blocks also hold a state for each chunk (measured: README).
 _CPU_BLOCK_ROWS = 8192
@@ -73,8 +75,8 @@ def initial_state(
 def bidirectional(query, key, value, feature_map, *, key_mask=None):
     """Every query sees every key.
 
-    O(length · feature_dim · value_dim) time; memory beyond copies of inputs
-    and output does not grow with the length.
+    O(length · feature_dim · value_dim) time; memory beyond inputs and output
+    does not grow with the length.
 
     Args:
         query: `(batch, query_length, heads, head_dim)`.
@@ -178,8 +180,8 @@ def causal(query, key, value, feature_map, *, key_mask=None, state=None):
 
     Chunks attend within themselves by an explicit matrix and to earlier ones
     through their sums. O(length · feature_dim · value_dim) time; memory beyond
-    copies of inputs and output is one state a block. Exact at any range of the
-    features: no future key touches the past.
+    inputs and output is one state a block. Exact at any range of the features:
+    no future key touches the past.
 
     Args:
         query, key, value, feature_map, key_mask: as in `bidirectional`, of
@@ -191,11 +193,21 @@ def causal(query, key, value, feature_map, *, key_mask=None, state=None):
         last token.
     """
     _, blocks = _grids(query, key, key_mask, is_causal=True)
-    tensors, rebuild = _unbind(feature_map)
     if state is None:
         state = initial_state(
             _size(key, 0), key.shape[2], feature_map.width, value.shape[3]
         )
+    return _causal(
+        _causal_block, blocks, query, key, value, feature_map, key_mask, state
+    )
+
+
+def _causal(
+    attend_block, blocks, query, key, value, feature_map, key_mask, state
+):
+    """`causal` by a function for one block."""
+    tensors, rebuild = _unbind(feature_map)
+    may_underflow = feature_map.positive and attend_block is _causal_block
     counts = None
     if not feature_map.positive:
         counts = blocks.running_count(state.count)
@@ -214,9 +226,9 @@ def causal(query, key, value, feature_map, *, key_mask=None, state=None):
             state = _restart(block == 0, start, state)
             tokens = [blocks.pick(x, *at) for x in inputs]
             tokens.append(blocks.keep(*at))
-            results, after = _causal_block(bound, *tokens, *state)
+            results, after = attend_block(bound, *tokens, *state)
             exact = True
-            if bound.positive:
+            if may_underflow:
                 exact = _is_exact(results, _optional(blocks.pick, sees, *at))
                 results = tf.cond(
                     exact,
@@ -263,14 +275,14 @@ def causal(query, key, value, feature_map, *, key_mask=None, state=None):
                         t, [results, after], wanted, [of_results, of_sums]
                     )
 
-                if bound.positive:
+                if may_underflow:
                     gradients = tf.cond(
                         exact[index] > 0.0,
-                        lambda: through(_causal_block),
+                        lambda: through(attend_block),
                         lambda: through(_strict_block),
                     )
                 else:
-                    gradients = through(_causal_block)
+                    gradients = through(attend_block)
                 of_sums = gradients[3:4]
                 of_tensors = _add(carry[1:], gradients[4:])
                 return gradients[:3], of_sums, [*of_sums, *of_tensors]
@@ -648,11 +660,42 @@ def _causal_block(feature_map, query, key, value, keep, maximum, sums):
 
 
 def _strict_block(feature_map, query, key, value, keep, maximum, sums):
-    """`_causal_block` for log-features of any range."""
+    """`_causal_block` for log-features of any range, a few tokens at a time.
+
+    Gives outputs, with normalisers of one.
+    """
+    query, key, value = map(_tokens, (query, key, value))
+    mask = None if keep is None else keep[:, 0, :, 0]
+    batch = _size(key, 0)
+    blocks = _Grid(key, mask, _least(batch, 1), _STRICT_SIZE, 1)
+    # No count is needed: a row that sees nothing has nothing in its sums.
+    state = AttentionState(maximum, sums, tf.zeros((batch,)))
+    output, after = _causal(
+        _exact_block, blocks, query, key, value, feature_map, mask, state
+    )
+    return _with_ones(_tokens(output), None), (after.maximum, after.sums)
+
+
+def _exact_block(feature_map, query, key, value, keep, maximum, sums):
+    """`_causal_block` with logits formed pair by pair, for few tokens.
+
+    Each row is scaled by the largest exponent that it sees, so that its
+    normaliser is at least one.
+    """
     query = _query_features(feature_map, query)
     key = _key_features(feature_map, key, keep)
     value = _with_ones(value, keep)
-    results = _strict(query, key, value, maximum, sums)
+    past = query + maximum[:, :, tf.newaxis]
+    pairs = query[:, :, :, tf.newaxis] + key[:, :, tf.newaxis]
+    length = _size(key, 2)
+    visible = tf.linalg.band_part(tf.ones((length, length), "bool"), -1, 0)
+    pairs = tf.where(visible[..., tf.newaxis], pairs, FLOOR)
+    scale = tf.reduce_max(tf.reduce_max(pairs, axis=-1), axis=-1, keepdims=True)
+    scale = tf.stop_gradient(tf.maximum(scale, _row_maximum(past)))
+    weights = tf.reduce_sum(tf.exp(pairs - scale[..., tf.newaxis]), axis=-1)
+    weights = tf.where(visible, weights, 0.0)
+    results = tf.matmul(tf.exp(past - scale), sums, transpose_b=True)
+    results += tf.matmul(weights, value)
     after = _maximum(key, maximum)
     sums *= tf.exp(maximum - after)[..., tf.newaxis, :]
     sums += tf.matmul(value, _exp_key(key, after), transpose_a=True)
@@ -677,68 +720,6 @@ def _chunked(query, key, value, past):
     results = tf.matmul(query, before, transpose_b=True)
     results += tf.matmul(scores, value)
     return tf.reshape(results, shape), past + tf.reduce_sum(sums, axis=2)
-
-
-def _strict(query, key, value, maximum, sums):
-    """Causal sums for log-features of any range, each row on its own scale.
-
-    The past is read relative to its own maximum. Within the block, halves
-    attend to the halves before them, down to single tokens, so that every
-    reference is a maximum over visible keys only.
-    """
-    length = query.shape[2]
-    longest = _block_limit(query.shape[1], True) if length is None else length
-    target = 1 << (longest - 1).bit_length()
-    shape = tf.shape(value)
-    extra = target - _size(query, 2)
-    padding = ((0, 0), (0, 0), (0, extra), (0, 0))
-    query, value = tf.pad(query, padding), tf.pad(value, padding)
-    key = tf.pad(key, padding, constant_values=FLOOR)
-    shifted = query + maximum[:, :, tf.newaxis]
-    past_scale = _row_maximum(shifted)
-    past = tf.matmul(tf.exp(shifted - past_scale), sums, transpose_b=True)
-    pair = query + key
-    scale = _row_maximum(pair)
-    results = tf.reduce_sum(tf.exp(pair - scale), -1, keepdims=True) * value
-    results, scale = _merge(results, scale, past, past_scale)
-    half = 1
-    while half < target:
-        late_query = _halves(query, half, target)[1]
-        early_key = _halves(key, half, target)[0]
-        early_value = _halves(value, half, target)[0]
-        reference = _maximum(early_key)
-        late_query += reference[..., tf.newaxis, :]
-        late_scale = _row_maximum(late_query)
-        scores = tf.matmul(
-            tf.exp(late_query - late_scale),
-            _exp_key(early_key, reference),
-            transpose_b=True,
-        )
-        late = tf.matmul(scores, early_value)
-        early = tf.zeros_like(late), tf.fill(tf.shape(late_scale), FLOOR)
-        results, scale = _merge(
-            results,
-            scale,
-            tf.reshape(tf.stack([early[0], late], 3), tf.shape(results)),
-            tf.reshape(tf.stack([early[1], late_scale], 3), tf.shape(scale)),
-        )
-        half *= 2
-    return tf.reshape(results[:, :, : shape[2]], shape)
-
-
-def _halves(x, half, length):
-    """Pairs of `half` tokens: two `(batch, heads, pairs, half, dim)`."""
-    shape = (_size(x, 0), x.shape[1], length // (2 * half), 2, half, x.shape[3])
-    x = tf.reshape(x, shape)
-    return x[:, :, :, 0], x[:, :, :, 1]
-
-
-def _merge(sums, scale, other_sums, other_scale):
-    joint = tf.maximum(scale, other_scale)
-    sums = sums * tf.exp(scale - joint) + other_sums * tf.exp(
-        other_scale - joint
-    )
-    return sums, joint
 
 
 def _query_features(feature_map, query):

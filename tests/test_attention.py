@@ -433,7 +433,7 @@ def test_step_compiles_and_takes_a_state_of_dynamic_batch():
         np.testing.assert_allclose(output, layer.step(x, state)[0], atol=1e-5)
     spec = linear_attention.AttentionState(
         tf.TensorSpec((None, 3, 10)),
-        tf.TensorSpec((None, 3, 10, 6)),
+        tf.TensorSpec((None, 3, 6, 10)),
         tf.TensorSpec((None,)),
     )
     step = tf.function(
