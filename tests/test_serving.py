@@ -430,7 +430,7 @@ def test_ops_that_need_python_are_found(host, tmp_path):
 
 def test_names_come_from_inputs_dicts_and_specs(tmp_path):
     layer = keras_kt.KernelizedAttention(3, 5)
-    named = {k: keras.Input((None, 6)) for k in ("query", "value")}
+    named = {k: keras.Input((None, 6), name=k) for k in ("query", "value")}
     keyed = keras.Model(named, layer(named["query"], named["value"]))
     unnamed = [keras.Input((None, 6)), keras.Input((None, 6), name="value")]
     listed = keras.Model(unnamed, layer(*unnamed))
