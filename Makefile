@@ -10,7 +10,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q -c constraints.txt -e '.[test,plot]'
+	$(VENV)/bin/pip install -q -c constraints.txt -e '.[test,plot,serving,text]'
 	touch $@
 
 test: install

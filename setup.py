@@ -31,8 +31,9 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib"],
+        "serving": ["tensorflow-serving-api>=2.18,<2.22"],
         "text": ["tensorflow-text>=2.18,<2.22"],
-        "test": ["pytest", "ruff", "matplotlib"],
+        "test": ["pytest", "ruff", "matplotlib", "ai-edge-litert"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -17,6 +17,7 @@ from keras_kt.feature_maps import (
     TrigonometricFeatures,
 )
 from keras_kt.linear_attention import AttentionState
+from keras_kt.serving import export_saved_model
 from keras_kt.spectral_priors import (
     DistributionPrior,
     FastFoodPrior,
@@ -44,6 +45,7 @@ __all__ = [
     "PositiveFeatures",
     "SpectralPrior",
     "TrigonometricFeatures",
+    "export_saved_model",
     "kernels",
     "paper_system",
 ]

@@ -24,6 +24,7 @@ ORDER = (
     "feature_maps",
     "linear_attention",
     "attention",
+    "serving",
     "systems",
     "kernels",
 )
