@@ -32,6 +32,8 @@ setup(
     extras_require={
         "plot": ["matplotlib"],
         "text": ["tensorflow-text>=2.18,<2.22"],
+        # The TPU compiler; it uses jaxlib's private names, so one version.
+        "tpu-check": ["jax[tpu]==0.10.2"],
         "test": ["pytest", "ruff", "matplotlib"],
     },
     classifiers=[

@@ -98,13 +98,14 @@ def main():
     for labels, make in programs(args):
         rows.append({**labels, **compile_program(make, device)})
         print(describe(rows[-1]), flush=True)
+        save(rows, args, device)
         keras.backend.clear_session()
         gc.collect()
     refused = [row for row in rows if "refused" in row]
     print(f"{len(rows) - len(refused)} compiled, {len(refused)} refused")
     if args.lengths is not None:
         print_lengths(rows)
-    save(rows, args, device)
+    print(f"Results: {args.output}")
     # A softmax matrix may be too large; of ours, all must compile.
     return any(row["attention"] != "softmax" for row in refused)
 
@@ -116,6 +117,7 @@ def parse_args():
     add("--priors", nargs="+", choices=PRIORS, default=PRIORS)
     add("--maps", nargs="+", choices=MAPS, default=MAPS)
     add("--policies", nargs="+", choices=POLICIES, default=POLICIES)
+    add("--forms", nargs="+", choices=FORMS, default=FORMS)
     add("--batch", type=int, default=1, help="default: %(default)s")
     add("--length", type=int, default=512, help="without --lengths")
     add("--lengths", type=int, nargs="*", help=f"memory; default {LENGTHS}")
@@ -137,7 +139,7 @@ def all_programs(args):
     for policy in args.policies:
         for prior in args.priors:
             for feature_map in args.maps:
-                for form in FORMS:
+                for form in args.forms:
                     for kind in ("forward", "train"):
                         labels = {
                             "attention": f"{prior} {feature_map}",
@@ -155,7 +157,7 @@ def length_programs(args):
     for length in args.lengths:
         for policy in args.policies:
             for name in ("softmax", "normal positive", "normal trigonometric"):
-                for form in FORMS:
+                for form in args.forms:
                     labels = {
                         "attention": name,
                         "policy": policy,
@@ -228,7 +230,7 @@ def train_step(model):
 
 
 def decode_step(layer, batch):
-    token = tf.zeros((batch, 1, WIDTH), keras.config.dtype_policy().name[-8:])
+    token = tf.zeros((batch, 1, WIDTH), layer.compute_dtype)
     state = layer.initial_state(batch)
     layer.step(token, state)  # builds the layer
 
@@ -335,7 +337,6 @@ def save(rows, args, device):
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(record, indent=1, default=list) + "\n")
-    print(f"Results: {args.output}")
 
 
 if __name__ == "__main__":
