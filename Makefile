@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: install demo test lint conformance approximation
+.PHONY: install demo test lint conformance approximation tpu-check
 
 install: $(VENV)/.installed
 
@@ -39,3 +39,8 @@ $(VENV)/.data: $(VENV)/.installed
 
 approximation: install
 	$(VENV)/bin/python benchmarks/approximation.py
+
+# Compiles for a TPU, without one; downloads about 330 MB.
+tpu-check: install
+	$(VENV)/bin/pip install -q -c constraints.txt -e '.[tpu-check]'
+	$(VENV)/bin/python benchmarks/tpu_compile.py --forms bidirectional

@@ -33,6 +33,8 @@ setup(
         "plot": ["matplotlib"],
         "serving": ["tensorflow-serving-api>=2.18,<2.22"],
         "text": ["tensorflow-text>=2.18,<2.22"],
+        # The TPU compiler; it uses jaxlib's private names, so one version.
+        "tpu-check": ["jax[tpu]==0.10.2"],
         "test": ["pytest", "ruff", "matplotlib", "ai-edge-litert"],
     },
     classifiers=[
