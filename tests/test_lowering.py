@@ -87,8 +87,9 @@ def test_no_running_sum_is_as_long_as_the_sequence(feature_map, is_causal):
     text = lower(training_step(feature_map, is_causal))
     windows = re.findall(r"window=\{size=([\dx]+)", text)
     longest = max([int(n) for w in windows for n in w.split("x")], default=0)
-    # Trigonometric causal counts are summed over chunks, then within them.
-    assert longest <= LENGTH // 64
+    # Trigonometric causal counts are summed over chunks, some of them padding,
+    # then within them.
+    assert longest <= LENGTH // 32
 
 
 def test_training_draws_without_gamma_or_stateful_ops():

@@ -68,9 +68,9 @@ def test_long_sequences_stay_finite(policy):
         tape.watch(x)
         output = layer(x, x, use_causal_mask=True)
         # A mean, since a sum of this length overflows float16 in itself.
-        loss = tf.reduce_mean(tf.square(tf.cast(output, tf.float32)))
-    # Scaled as a loss is, since shares of a mean this long underflow.
-    gradients = tape.gradient(2.0**15 * loss, [x, *layer.trainable_variables])
+        # Scaled as a loss is, since shares of a mean this long underflow.
+        loss = 2.0**15 * tf.reduce_mean(tf.square(tf.cast(output, tf.float32)))
+    gradients = tape.gradient(loss, [x, *layer.trainable_variables])
     for tensor in (output, *gradients):
         assert np.isfinite(tf.cast(tensor, tf.float32)).all()
     assert np.abs(tf.cast(gradients[0], tf.float32)).max() > 0
