@@ -672,7 +672,12 @@ def lite_rt(function, examples):
     concrete = tf.function(
         function, input_signature=specs, autograph=False
     ).get_concrete_function()
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete])
+    # With its owner, or the converter drops the signature and its names.
+    owner = tf.Module()
+    owner.function, owner.variables_used = concrete, concrete.variables
+    converter = tf.lite.TFLiteConverter.from_concrete_functions(
+        [concrete], owner
+    )
     interpreter = Interpreter(model_content=converter.convert())
     return interpreter.get_signature_runner()
 
