@@ -310,7 +310,9 @@ def stream_by_host(host, folder, tokens, prefix, tmp_path):
 
 
 @pytest.mark.parametrize("feature_map", ("positive", "trigonometric"))
-@pytest.mark.parametrize("jit_compile", (False, True))
+@pytest.mark.parametrize(
+    "jit_compile", (False, pytest.param(True, marks=pytest.mark.slow))
+)
 def test_decode_endpoint_equals_the_full_pass(
     feature_map, jit_compile, host, tmp_path
 ):
