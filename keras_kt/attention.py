@@ -16,8 +16,8 @@ import tensorflow as tf
 from keras_kt import feature_maps, linear_attention, spectral_priors
 
 IMPLEMENTATIONS = ("auto", "linear", "quadratic")
-# Up to this length the matrix costs no more than the linear form, with XLA and
-# without (benchmarks/attention.py --lengths 16 32 64 128 --levels core).
+# Up to about this length the matrix is as fast as the linear form or faster,
+# with XLA and without (benchmarks/attention.py --lengths 16 32 64 128 --levels core).
 SHORT_LENGTH = 32
 REDRAWS = ("never", "step")
 

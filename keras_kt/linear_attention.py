@@ -37,7 +37,8 @@ CHUNK_SIZE = 64
 # Where features lose rows to underflow, so many tokens attend pair by pair.
 _STRICT_SIZE = 16
 # Tokens times heads times batch in a block. On a CPU features stay in cache,
-# where causal blocks also hold a state for each chunk (measured: README).
+# where causal blocks also hold a state for each chunk (the fastest of 512 to
+# 8,192 at 8 heads of 64 on 2 cores).
 _CPU_BLOCK_ROWS = 8192
 _CPU_CAUSAL_BLOCK_ROWS = 2048
 # Elsewhere a block fills the device (an estimate, not measured).

@@ -8,7 +8,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import keras
@@ -627,19 +626,6 @@ def test_wrong_exports_name_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
     wrong(r"keras_kt\[serving\]", error=ImportError, warmup=[array((1, 2, 6))])
     assert not (tmp_path / "wrong").exists()
-
-
-@pytest.mark.slow
-def test_four_layers_export_in_half_a_minute(tmp_path):
-    model = Decoder(blocks=4)
-    model(tokens_of((2, 5)))
-    start = time.perf_counter()
-    keras_kt.export_saved_model(
-        model, tmp_path, input_signature=[TOKENS], streaming=True
-    )
-    seconds = time.perf_counter() - start
-    print("export of four layers:", seconds, "s")
-    assert seconds < 30
 
 
 @pytest.mark.slow
