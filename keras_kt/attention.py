@@ -17,7 +17,7 @@ from keras_kt import feature_maps, linear_attention, spectral_priors
 
 IMPLEMENTATIONS = ("auto", "linear", "quadratic")
 # Up to about this length the matrix is as fast as the linear form or faster,
-# with XLA and without (benchmarks/attention.py --levels core --lengths 16 32 64).
+# with XLA and without: benchmarks/attention.py --levels core --lengths 16 32 64
 SHORT_LENGTH = 32
 REDRAWS = ("never", "step")
 
