@@ -48,7 +48,7 @@ from jaxlib import _hlo
 from jaxlib.mlir import ir
 
 import keras_kt
-from keras_kt import linear_attention
+from keras_kt import feature_maps, linear_attention
 
 HEADS, KEY_DIM = 4, 64
 WIDTH = HEADS * KEY_DIM
@@ -84,7 +84,7 @@ def main():
     # What the layer does where a TPU is visible.
     linear_attention._CPU_BLOCK_ROWS = args.block_rows
     linear_attention._CPU_CAUSAL_BLOCK_ROWS = args.block_rows
-    tf.config.experimental.enable_tensor_float_32_execution(False)
+    feature_maps._rounds_products = lambda: True
     device = topologies.get_topology_desc(
         platform="tpu", topology_name=args.topology
     ).devices[0]
@@ -114,7 +114,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--topology", default="v5e:2x2", help="default: %(default)s")
-    add("--priors", nargs="+", choices=PRIORS, default=PRIORS)
+    add("--priors", nargs="+", choices=PRIORS, default=list(PRIORS))
     add("--maps", nargs="+", choices=MAPS, default=MAPS)
     add("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     add("--forms", nargs="+", choices=FORMS, default=FORMS)

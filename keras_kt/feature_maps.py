@@ -62,7 +62,7 @@ class PositiveMap(NamedTuple):
         return self._sides(x, tf.zeros_like(self.log_amplitudes))
 
     def _sides(self, x, exponent):
-        projected = tf.matmul(x, self.projection)
+        projected = _project(x, self.projection)
         exponent = _per_frequency(exponent, projected)
         if self.two_sided:
             projected = tf.concat([projected, -projected], -1)
@@ -101,7 +101,7 @@ class TrigonometricMap(NamedTuple):
         return 2 * self.projection.shape[-1] + 1
 
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
-        angles = tf.matmul(x, self.projection)
+        angles = _project(x, self.projection)
         constant = tf.sqrt(self.smoothing) * tf.ones_like(angles[..., :1])
         return tf.concat(
             [
@@ -111,6 +111,42 @@ class TrigonometricMap(NamedTuple):
             ],
             axis=-1,
         )
+
+
+def _project(x, projection):
+    """`x @ projection` in float32, on a TPU too.
+
+    A TPU rounds the operands of a float32 product to bfloat16, which is an
+    error of some percent of exp(ω·x), and TensorFlow can forbid that for a
+    whole program only. Here each operand is split in two that survive it; the
+    product of the two lower parts, 2⁻¹⁶ of the result, is left out.
+    """
+    if not _rounds_products():
+        return tf.matmul(x, projection)
+    x_high, x_low = _split(x)
+    high, low = _split(projection)
+    small = tf.matmul(x_high, low) + tf.matmul(x_low, high)
+    return tf.matmul(x_high, high) + small
+
+
+def _rounds_products():
+    """Whether float32 products may be bfloat16 passes."""
+    return bool(
+        tf.config.list_logical_devices("TPU")
+        and tf.config.experimental.tensor_float_32_execution_enabled()
+    )
+
+
+def _split(x):
+    """A bfloat16 in float32, and the rest. The gradient takes the rest."""
+    # By its bits, since XLA may drop a cast there and back.
+    bits = tf.bitcast(x, tf.uint32) + tf.constant(0x8000, tf.uint32)
+    high = tf.bitcast(
+        tf.bitwise.bitwise_and(bits, tf.constant(0xFFFF0000, tf.uint32)),
+        tf.float32,
+    )
+    high = tf.stop_gradient(high)
+    return high, x - high
 
 
 class FeatureMap(keras.layers.Layer):

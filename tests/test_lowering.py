@@ -3,10 +3,12 @@
 import re
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
 import keras_kt
+from keras_kt import feature_maps
 
 # Long enough for several causal blocks.
 LENGTH, WIDTH = 4096, 12
@@ -78,6 +80,64 @@ def test_full_precision_reaches_every_product(feature_map, full_precision):
     assert all(asked in line for line in products())
     tf.config.experimental.enable_tensor_float_32_execution(True)
     assert not any(asked in line for line in products())
+
+
+def test_projection_survives_rounded_products(monkeypatch):
+    """The layer's own doing: nothing asks TensorFlow for full precision."""
+    monkeypatch.setattr(feature_maps, "_rounds_products", lambda: True)
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(2, 3, 11, 64)).astype("float32")
+    projection = generator.normal(size=(3, 64, 17)).astype("float32")
+    exact = x.astype("float64") @ projection.astype("float64")
+    matmul = tf.matmul
+
+    def rounded(a, b):
+        # What a TPU does: bfloat16 operands, float32 sums.
+        return matmul(
+            *(tf.cast(tf.cast(x, "bfloat16"), x.dtype) for x in (a, b))
+        )
+
+    monkeypatch.setattr(tf, "matmul", rounded)
+    x, projection = tf.constant(x), tf.constant(projection)
+    with tf.GradientTape() as tape:
+        tape.watch([x, projection])
+        result = feature_maps._project(x, projection)
+        loss = tf.reduce_sum(tf.square(result)) / 2
+    # 64 terms of size 1 whose parts err by 2**-17 and 2**-16.
+    assert np.abs(rounded(x, projection) - exact).max() > 1e-2
+    np.testing.assert_allclose(result, exact, atol=2e-4)
+    gradients = tape.gradient(loss, [x, projection])
+    monkeypatch.undo()
+    with tf.GradientTape() as tape:
+        tape.watch([x, projection])
+        result = feature_maps._project(x, projection)
+        loss = tf.reduce_sum(tf.square(result)) / 2
+    expected = tape.gradient(loss, [x, projection])
+    for actual, wanted in zip(gradients, expected, strict=True):
+        error = np.abs(actual - wanted).max() / np.abs(wanted).max()
+        assert error < 2**-7
+
+
+@pytest.mark.parametrize("feature_map", ["positive", "trigonometric"])
+def test_split_projection_is_lowered(feature_map, monkeypatch):
+    """XLA keeps all three products, and the layer's outputs its values."""
+    x = keras.random.normal((2, 50, WIDTH), seed=0)
+    layer = keras_kt.KernelizedAttention(3, 4, feature_map=feature_map)
+    plain = layer(x, x)
+
+    def products():
+        function = tf.function(
+            lambda x: layer(x, x), jit_compile=True, autograph=False
+        )
+        # The part left out, enlarged by signed normalisers.
+        np.testing.assert_allclose(function(x), plain, atol=5e-4)
+        text = function.experimental_get_compiler_ir(x)("optimized_hlo")
+        return len(re.findall(r" dot\(|custom-call\(", text))
+
+    before = products()
+    monkeypatch.setattr(feature_maps, "_rounds_products", lambda: True)
+    # Queries and keys: three products each instead of one.
+    assert products() == before + 4
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
