@@ -73,9 +73,6 @@ def _logical_cpus(count):
 
 
 def _tpu_strategy(tpu):
-    # Float32 products on a TPU are bfloat16 passes unless this is off. It holds
-    # for all of the program: TensorFlow has no such option of one product.
-    tf.config.experimental.enable_tensor_float_32_execution(False)
     try:
         _check_address(tpu)
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=tpu)
