@@ -817,3 +817,24 @@ def peak_memory():
     """The most resident memory this process has had so far, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def linear_floor(train, test, penalty=1e-3):
+    """Accuracy of a linear classifier, as a floor to compare with.
+
+    Ridge regression of the one-hot labels on standardised features.
+
+    Args:
+        train: features `(examples, features)` and labels `(examples,)`.
+        test: the same, to score.
+        penalty: share of a feature's variance that is added to it.
+    """
+    x, y = np.asarray(train[0], "float32"), np.asarray(train[1])
+    mean, scale = x.mean(0), x.std(0) + 1e-6
+    x = (x - mean) / scale
+    targets = np.eye(y.max() + 1, dtype="float32")[y]
+    offset = targets.mean(0)
+    gram = x.T @ x / len(x) + penalty * np.eye(x.shape[1])
+    weights = np.linalg.solve(gram, x.T @ (targets - offset) / len(x))
+    outputs = (np.asarray(test[0], "float32") - mean) / scale @ weights
+    return np.mean((outputs + offset).argmax(1) == test[1])

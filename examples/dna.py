@@ -80,7 +80,9 @@ def main():
 def add_arguments(parser):
     add = parser.add_argument
     add("--rank", choices=RANKS[:-1], default="phylum", help="to be named")
-    add("--split-seed", type=int, default=0, help="of which genera are held out")
+    add(
+        "--split-seed", type=int, default=0, help="of which genera are held out"
+    )
     add("--floor", action="store_true", help="score 4-mers, leave")
 
 
@@ -92,8 +94,8 @@ def load_fasta(data_dir):
     packages = sorted(data_dir.glob("microbiomeutil-data_*.deb"))
     if not packages:
         sys.exit(
-            f"No {FASTA} in {data_dir.resolve()}. Get it with `apt-get download "
-            "microbiomeutil-data`, or from "
+            f"No {FASTA} in {data_dir.resolve()}. Get it with "
+            "`apt-get download microbiomeutil-data`, or from "
             "https://packages.debian.org/microbiomeutil-data, and give the "
             "folder that holds the .deb with --data-dir."
         )
