@@ -474,8 +474,10 @@ class Stem(keras.layers.Layer):
         if mask is None:
             return None
         # A merged token is real if one of its tokens is.
-        real = tf.cast(mask, tf.float32)[..., tf.newaxis]
-        real = tf.nn.max_pool1d(real, self.stride, self.stride, "SAME")
+        real = keras.ops.cast(mask, "float32")[..., tf.newaxis]
+        real = keras.ops.max_pool(
+            real, self.stride, self.stride, "same", "channels_last"
+        )
         return real[..., 0] > 0
 
     def compute_output_shape(self, input_shape):
@@ -812,3 +814,24 @@ def peak_memory():
     """The most resident memory this process has had so far, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def linear_floor(train, test, penalty=1e-3):
+    """Accuracy of a linear classifier, as a floor to compare with.
+
+    Ridge regression of the one-hot labels on standardised features.
+
+    Args:
+        train: features `(examples, features)` and labels `(examples,)`.
+        test: the same, to score.
+        penalty: share of a feature's variance that is added to it.
+    """
+    x, y = np.asarray(train[0], "float32"), np.asarray(train[1])
+    mean, scale = x.mean(0), x.std(0) + 1e-6
+    x = (x - mean) / scale
+    targets = np.eye(y.max() + 1, dtype="float32")[y]
+    offset = targets.mean(0)
+    gram = x.T @ x / len(x) + penalty * np.eye(x.shape[1])
+    weights = np.linalg.solve(gram, x.T @ (targets - offset) / len(x))
+    outputs = (np.asarray(test[0], "float32") - mean) / scale @ weights
+    return np.mean((outputs + offset).argmax(1) == test[1])

@@ -7,15 +7,22 @@ https://ai.stanford.edu/~amaas/data/sentiment/ offers, unpacked:
     pip install 'keras_kt[text]'
     tar -xzf aclImdb_v1.tar.gz
     python examples/text_classification.py --data-dir .
+    python examples/text_classification.py --data-dir . --length 4000
+    python examples/text_classification.py --data-dir . --preset paper
+    python examples/text_classification.py --data-dir . --floor   # byte counts
+
+A convolution merges `--stride` bytes into one token, the same for every
+attention; a stride of 1, as in the preset `paper`, leaves it out.
 """
 
-import argparse
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import common
 import keras
 import numpy as np
 import tensorflow as tf
@@ -23,50 +30,72 @@ import tensorflow_text
 
 import keras_kt
 
-WIDTH = 48
-HEADS = 3
-KEY_DIM = 16
-CONTEXT = 9
-LEARNING_RATE = 2e-3
+PRESETS = {
+    "cpu": common.Preset(
+        length=1000,
+        stride=4,
+        blocks=2,
+        width=64,
+        heads=4,
+        key_dim=16,
+        hidden=128,
+        batch_size=32,
+        steps=2000,
+        learning_rate=2e-3,
+    ),
+    "paper": common.Preset(
+        length=4000,
+        blocks=4,
+        width=256,
+        heads=4,
+        key_dim=64,
+        hidden=1024,
+        batch_size=8,
+        steps=81_250,
+        learning_rate=5.6e-4,
+        context=0,
+        weight_decay=0.1,
+    ),
+}
 SPLITS = ("train", "test")
+VALIDATION_SHARE = 0.1
+VOCABULARY = 257
 # Float32 models that agree differ by rounding only.
 TOLERANCE = 1e-5
 
 
 def main():
-    args = parse_args()
-    keras.utils.set_random_seed(args.seed)
-    train, test = load_reviews(args.data_dir, args.examples, args.seed)
-    print(
-        f"Data: {len(train[0])} reviews to learn from, {len(test[0])} to test"
+    args = common.parse_args(__doc__, PRESETS, add_arguments)
+    preset = args.preset
+    task = f"IMDb, {preset.length:,} bytes"
+    train, test = load_reviews(args.data_dir)
+    data = split(
+        *((tokenise(x, preset.length), y) for x, y in (train, test)),
+        preset.examples,
     )
-    model = build_model()
-    fit(model, train, args)
-    accuracy = model.evaluate(
-        batches(*test, args).prefetch(2), verbose=0, return_dict=True
-    )["accuracy"]
+    if args.floor:
+        parts = [(count_bytes(x), y) for x, y in (data.train, data.test)]
+        score = common.linear_floor(*parts)
+        print(f"{task}: linear in byte counts {score:.4f}")
+        return
+    if preset.stride > 1:
+        task += f", stem of stride {preset.stride}"
+    model, results = common.run(args, task, data, build_model)
     folder, difference = export(model, test[0][:8], args)
     print(
-        f"Test accuracy {accuracy:.3f} after {args.steps} steps.\n"
+        f"Test accuracy {results['test']:.3f} after {preset.steps} steps.\n"
         f"{folder} takes raw strings; its answers differ by {difference:.1e} "
         "from the live model's."
     )
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def add_arguments(parser):
     add = parser.add_argument
-    add("--data-dir", type=Path, default=".", help="folder with aclImdb/")
-    add("--examples", type=int, help="reviews of each split; default: all")
-    add("--steps", type=int, default=4000, help="default: %(default)s")
-    add("--batch-size", type=int, default=16, help="default: %(default)s")
-    add("--length", type=int, default=1024, help="bytes; default: %(default)s")
-    add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--output", type=Path, default="text_output", help="a folder")
-    return parser.parse_args()
+    add("--export", type=Path, default="text_output", help="a folder")
+    add("--floor", action="store_true", help="score byte counts, leave")
 
 
-def load_reviews(data_dir, examples, seed):
+def load_reviews(data_dir):
     """Returns `(texts, labels)` for training and for the test, shuffled."""
     if (data_dir / "aclImdb").is_dir():
         splits = [read_folder(data_dir / "aclImdb" / s) for s in SPLITS]
@@ -81,26 +110,38 @@ def load_reviews(data_dir, examples, seed):
         )
     shuffled = []
     for texts, labels in splits:
-        order = np.random.default_rng(seed).permutation(len(texts))[:examples]
+        # The same order for every seed of the training.
+        order = np.random.default_rng(0).permutation(len(texts))
         texts = [texts[i] for i in order]
-        shuffled.append((texts, np.asarray(labels, "float32")[order]))
+        shuffled.append((texts, np.asarray(labels, "int32")[order]))
     return shuffled
 
 
 def read_folder(folder):
     texts, labels = [], []
     for label, name in enumerate(("neg", "pos")):
-        for path in sorted((folder / name).glob("*.txt")):
-            texts.append(path.read_bytes())
-            labels.append(label)
+        paths = sorted((folder / name).glob("*.txt"))
+        if not paths:
+            sys.exit(
+                f"{folder / name} must hold reviews, one .txt file each, and "
+                "holds none. Unpack aclImdb_v1.tar.gz again."
+            )
+        texts += [path.read_bytes() for path in paths]
+        labels += [label] * len(paths)
     return texts, labels
 
 
 def read_packed(path):
     """The same reviews in one file of bytes and offsets."""
-    with np.load(path) as packed:
-        data, offsets = packed["data"].tobytes(), packed["offsets"]
-        is_test, labels = packed["is_test"].astype(bool), packed["label"]
+    try:
+        with np.load(path) as packed:
+            data, offsets = packed["data"].tobytes(), packed["offsets"]
+            is_test, labels = packed["is_test"].astype(bool), packed["label"]
+    except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile) as e:
+        sys.exit(
+            f"{path} must hold the arrays data, offsets, is_test and label. "
+            f"Reading it failed: {e!r}. Copy it again, or use aclImdb/."
+        )
     splits = []
     for chosen in (~is_test, is_test):
         index = np.flatnonzero(chosen)
@@ -111,7 +152,7 @@ def read_packed(path):
 
 @keras.saving.register_keras_serializable(package="text_classification")
 class Bytes(keras.layers.Layer):
-    """Strings to the numbers 1 … 256 of their bytes; 0 pads.
+    """Strings to the numbers 1 … 256 of their first bytes; 0 pads.
 
     A zero byte ends each text, so that an empty one has a token too.
     """
@@ -124,98 +165,60 @@ class Bytes(keras.layers.Layer):
         ended = tf.strings.join([text, b"\0"])
         parts = tensorflow_text.ByteSplitter().split(ended)
         parts = tf.cast(parts[:, : self.length], "int32") + 1
-        return parts.to_tensor()
+        return parts.to_tensor(shape=(None, self.length))
 
     def compute_output_shape(self, input_shape):
-        return (input_shape[0], None)
+        return (input_shape[0], self.length)
 
     def get_config(self):
         return {**super().get_config(), "length": self.length}
 
 
-@keras.saving.register_keras_serializable(package="text_classification")
-class ByteEmbedding(keras.layers.Layer):
-    """A vector for each byte and its neighbours.
-
-    Padding is zeroed before the convolution, so that a text's logit does not
-    depend on what it is batched with.
-    """
-
-    def build(self, input_shape):
-        self.embedding = keras.layers.Embedding(257, WIDTH)
-        self.context = keras.layers.Conv1D(WIDTH, CONTEXT, padding="same")
-        self.embedding.build(input_shape)
-        self.context.build((*input_shape, WIDTH))
-
-    def call(self, tokens):
-        real = keras.ops.cast(keras.ops.not_equal(tokens, 0), "float32")
-        return self.context(self.embedding(tokens) * real[..., None])
-
-    def compute_mask(self, tokens, mask=None):
-        return keras.ops.not_equal(tokens, 0)
+def tokenise(texts, length, batch=1000):
+    """Tokens `(texts, length)`, int16."""
+    to_tokens = Bytes(length)
+    parts = [
+        to_tokens(tf.constant(texts[start : start + batch])).numpy()
+        for start in range(0, len(texts), batch)
+    ]
+    return np.concatenate([part.astype("int16") for part in parts])
 
 
-def build_model():
-    tokens = keras.Input((None,), dtype="int32", name="tokens")
-    x = ByteEmbedding()(tokens)
-    normed = keras.layers.LayerNormalization()(x)
-    attention = keras_kt.KernelizedAttention(HEADS, KEY_DIM)
-    x = keras.layers.Add()([x, attention(normed, normed)])
-    hidden = keras.layers.LayerNormalization()(x)
-    hidden = keras.layers.Dense(2 * WIDTH, activation="gelu")(hidden)
-    x = keras.layers.Add()([x, keras.layers.Dense(WIDTH)(hidden)])
-    x = keras.layers.LayerNormalization()(x)
-    x = keras.layers.GlobalAveragePooling1D()(x)
-    return keras.Model(tokens, keras.layers.Dense(1)(x))
-
-
-def batches(texts, labels, args):
-    """Batches of tokens, padded to one length so that XLA compiles once."""
-    tokenise = Bytes(args.length)
-
-    def prepare(text, label):
-        tokens = tokenise(text)
-        missing = args.length - tf.shape(tokens)[1]
-        tokens = tf.pad(tokens, ((0, 0), (0, missing)))
-        return tf.ensure_shape(tokens, (None, args.length)), label
-
-    data = tf.data.Dataset.from_tensor_slices((texts, labels))
-    data = data.shuffle(len(texts), seed=args.seed)
-    return data.batch(args.batch_size).map(prepare)
-
-
-def fit(model, train, args):
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0,
-        args.steps - args.steps // 10,
-        warmup_target=LEARNING_RATE,
-        warmup_steps=args.steps // 10,
+def split(train, test, examples=None):
+    """Takes the validation examples from the training examples' end."""
+    x, y = train
+    cut = len(y) - round(VALIDATION_SHARE * len(y))
+    return common.Data(
+        (x[:cut][:examples], y[:cut][:examples]), (x[cut:], y[cut:]), test
     )
-    model.compile(
-        keras.optimizers.AdamW(schedule, weight_decay=1e-3),
-        loss=keras.losses.BinaryCrossentropy(from_logits=True),
-        metrics=[keras.metrics.BinaryAccuracy("accuracy", threshold=0.0)],
+
+
+def count_bytes(tokens):
+    """Square roots of the shares of the bytes: `(texts, 257)`."""
+    counts = np.stack(
+        [np.bincount(row, minlength=VOCABULARY) for row in tokens]
     )
-    # Whole batches only: another size would compile again.
-    whole = len(train[0]) // args.batch_size * args.batch_size
-    texts, labels = train[0][:whole], train[1][:whole]
-    reports = next(n for n in range(10, 0, -1) if args.steps % n == 0)
-    model.fit(
-        batches(texts, labels, args).repeat().prefetch(2),
-        steps_per_epoch=args.steps // reports,
-        epochs=reports,
-        # A bar needs a terminal; a log gets a line an epoch.
-        verbose=1 if sys.stdout.isatty() else 2,
-    )
+    counts[:, 0] = 0
+    return np.sqrt(counts / counts.sum(1, keepdims=True))
+
+
+def build_model(args):
+    preset = args.preset
+    tokens = keras.Input((preset.length,), dtype="int32", name="tokens")
+    x = keras.layers.Embedding(VOCABULARY, preset.width, mask_zero=True)(tokens)
+    if preset.stride > 1:
+        x = common.Stem(preset.width, preset.stride)(x)
+    x = common.pool(common.encode(x, args))
+    return keras.Model(tokens, keras.layers.Dense(2, dtype="float32")(x))
 
 
 def export(model, texts, args):
     """Writes a SavedModel of strings; returns how far off it is, reloaded."""
     text = keras.Input((), dtype="string", name="text")
-    logit = model(Bytes(args.length)(text))
-    probability = keras.layers.Activation("sigmoid")(logit)
+    logits = model(Bytes(args.preset.length)(text))
+    probability = keras.layers.Softmax(dtype="float32")(logits)[:, 1:]
     reader = keras.Model(text, {"positive": probability})
-    folder = keras_kt.export_saved_model(reader, args.output / "reviews")
+    folder = keras_kt.export_saved_model(reader, args.export / "reviews")
     texts = tf.constant([*texts, b"", "Überraschend gut.".encode()])
     live = reader(texts)["positive"].numpy()
     # A signature does not keep its variables alive; the artifact does.

@@ -706,8 +706,9 @@ def test_text_example_learns_exports_and_reloads(tmp_path):
         [
             sys.executable,
             str(ROOT / "examples" / "text_classification.py"),
-            *("--data-dir", str(tmp_path), "--output", str(tmp_path / "out")),
+            *("--data-dir", str(tmp_path), "--export", str(tmp_path / "out")),
             *("--examples", "64", "--steps", "40", "--length", "64"),
+            *("--draws", "2"),
         ],
         cwd=tmp_path,
         capture_output=True,
