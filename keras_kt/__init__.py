@@ -16,6 +16,7 @@ from keras_kt.feature_maps import (
     PositiveFeatures,
     TrigonometricFeatures,
 )
+from keras_kt.generation import generate
 from keras_kt.linear_attention import AttentionState
 from keras_kt.serving import export_saved_model
 from keras_kt.spectral_priors import (
@@ -28,24 +29,33 @@ from keras_kt.spectral_priors import (
     SpectralPrior,
 )
 from keras_kt.systems import PAPER_SYSTEMS, paper_system
+from keras_kt.transformer import (
+    DecoderState,
+    KernelizedTransformerDecoder,
+    KernelizedTransformerEncoder,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PAPER_SYSTEMS",
     "AttentionState",
+    "DecoderState",
     "DistributionPrior",
     "FastFoodPrior",
     "FeatureMap",
     "Frequencies",
     "GeneratorPrior",
     "KernelizedAttention",
+    "KernelizedTransformerDecoder",
+    "KernelizedTransformerEncoder",
     "MixturePrior",
     "NormalPrior",
     "PositiveFeatures",
     "SpectralPrior",
     "TrigonometricFeatures",
     "export_saved_model",
+    "generate",
     "kernels",
     "paper_system",
 ]

@@ -72,13 +72,11 @@ def layer_contract(
     model.export(tmp_path / "saved_model", verbose=False)
     served = tf.saved_model.load(tmp_path / "saved_model")
     tensors = [tf.constant(a) for a in arrays]
-    # One argument a tensor, whether there is one or several.
-    single = tensors[0] if len(tensors) == 1 else tensors
     # The same graph, of dynamic shapes, is equal bit for bit; static shapes cut
     # into other blocks, which round differently.
     spec = [tf.TensorSpec(x.shape, "float32") for x in inputs]
     dynamic = tf.function(model, input_signature=[spec])
-    np.testing.assert_array_equal(served.serve(single), dynamic(tensors))
+    np.testing.assert_array_equal(served.serve(tensors), dynamic(tensors))
     np.testing.assert_allclose(dynamic(tensors), model(arrays), atol=exact_jit)
 
     for policy in ("mixed_bfloat16", "mixed_float16"):

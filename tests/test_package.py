@@ -24,6 +24,8 @@ ORDER = (
     "feature_maps",
     "linear_attention",
     "attention",
+    "transformer",
+    "generation",
     "serving",
     "systems",
     "kernels",
