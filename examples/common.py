@@ -477,8 +477,10 @@ class Stem(keras.layers.Layer):
         if mask is None:
             return None
         # A merged token is real if one of its tokens is.
-        real = tf.cast(mask, tf.float32)[..., tf.newaxis]
-        real = tf.nn.max_pool1d(real, self.stride, self.stride, "SAME")
+        real = keras.ops.cast(mask, "float32")[..., tf.newaxis]
+        real = keras.ops.max_pool(
+            real, self.stride, self.stride, "same", "channels_last"
+        )
         return real[..., 0] > 0
 
     def compute_output_shape(self, input_shape):

@@ -15,10 +15,12 @@ One model learns all densities at once, or those of --density, and is tested at
 each.
 """
 
-import keras
-import numpy as np
+import sys
 
 import common
+import keras
+import numpy as np
+import tensorflow as tf
 
 QUERIES = 32
 KEY_SIZE = 32
@@ -61,6 +63,15 @@ PRESETS = {
 def main():
     args = common.parse_args(__doc__, PRESETS, extra=add_arguments)
     densities = check_densities(args.density, args.preset.length)
+    data = make_data(densities, args)
+    task = f"Sparsity, {args.preset.length} tokens"
+    if args.density:
+        task += f", density {' '.join(map(str, densities))}"
+    model, results = common.run(args, task, data, build_model)
+    rows = score_each(densities, data.test, model, args)
+    if common.is_chief(tf.distribute.get_strategy()):
+        path = common.output_path(args, task)
+        common.save_results(path, args, task=task, **results, densities=rows)
 
 
 def add_arguments(parser):
@@ -80,7 +91,7 @@ def check_densities(densities, length):
         possible.append(possible[-1] / 2)
     densities = sorted(set(densities or possible), reverse=True)
     if not set(densities) <= set(possible):
-        raise ValueError(
+        sys.exit(
             "`--density` must be powers of 1/2 that divide the tokens into "
             f"groups of one size. Received: --density {densities}, length="
             f"{length}. Possible are {possible}."
@@ -125,3 +136,62 @@ def draw_groups(density, length, rng):
         shifts = rng.integers(1, VALUES, size=(groups, wrong))
         values[:, -wrong:] = (values[:, -wrong:] + shifts) % VALUES
     return keys, values, np.repeat(np.arange(groups), size)
+
+
+def make_data(densities, args):
+    """Every split has all densities, in turn; the test set is of seed 0."""
+
+    def draw(examples, *seed):
+        levels = [densities[i % len(densities)] for i in range(examples)]
+        return generate(levels, args.preset.length, np.random.default_rng(seed))
+
+    held_out = HELD_OUT * len(densities)
+    return common.Data(
+        train=draw(args.preset.examples, args.seed, 0),
+        validation=draw(held_out, args.seed, 1),
+        test=draw(held_out, 0, 2),
+    )
+
+
+def build_model(args):
+    shape = args.preset.length + QUERIES, KEY_SIZE + VALUES
+    tokens = keras.Input(shape, dtype="int8")
+    x = keras.ops.cast(tokens, keras.config.floatx())
+    x = keras.layers.Dense(args.preset.width)(x)
+    # Nothing depends on the order, so there are no positions.
+    for _ in range(args.preset.blocks):
+        x = common.make_block(args)(x)
+    x = keras.layers.LayerNormalization()(x)[:, -QUERIES:]
+    return keras.Model(tokens, keras.layers.Dense(VALUES)(x))
+
+
+def score_each(densities, test, model, args):
+    """Accuracy at each density, printed and returned.
+
+    Beside it stands that of the most common value of the whole sequence, which
+    is what attention to all tokens alike can give.
+    """
+    evaluate = common.make_evaluation(args, model, common.accuracy)
+    print("density      accuracy  fresh draws      uniform")
+    rows = []
+    for number, density in enumerate(densities):
+        x, y = (part[number :: len(densities)] for part in test)
+        common_value = x[:, :-QUERIES, KEY_SIZE:].sum(1, dtype=int).argmax(1)
+        draws = common.fresh_draws(args, model, (x, y), evaluate)
+        row = {
+            "density": density,
+            "accuracy": evaluate((x, y)),
+            "fresh_draws": draws,
+            "uniform": float(np.mean(y == common_value[:, np.newaxis])),
+        }
+        spread = f"{np.mean(draws):.3f} ± {np.std(draws):.3f}" if draws else ""
+        print(
+            f"1/{round(1 / density):<10,} {row['accuracy']:.3f}  "
+            f"{spread:>13}  {row['uniform']:>10.3f}"
+        )
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
