@@ -73,11 +73,18 @@ def load(args):
             "lra_release.gz (https://github.com/google-research/"
             "long-range-arena) and give its folder tsv_data."
         )
-    (first, second), labels = splits[0]
-    order = np.random.default_rng(args.seed).permutation(len(labels))
-    order = order[: args.preset.examples]
-    splits[0] = (first[order], second[order]), labels[order]
-    return name, common.Data(*splits)
+    train, validation, test = (shuffle(split, args.seed) for split in splits)
+    (first, second), labels = train
+    kept = slice(args.preset.examples)
+    train = (first[kept], second[kept]), labels[kept]
+    return name, common.Data(train, validation, test)
+
+
+def shuffle(split, seed):
+    """Pairs in random order; files are sorted by label."""
+    (first, second), labels = split
+    order = np.random.default_rng(seed).permutation(len(labels))
+    return (first[order], second[order]), labels[order]
 
 
 def read_tsv(path, length):
