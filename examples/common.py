@@ -580,6 +580,7 @@ def run(
     loss=cross_entropy,
     score=accuracy,
     score_name="accuracy",
+    more=None,
 ):
     """Trains and tests one model, and writes what came of it.
 
@@ -593,6 +594,8 @@ def run(
         score: function of `(y, outputs)` to a score for each example, whose
             mean is reported.
         score_name: its name.
+        more: function of the trained model to a dictionary that the results
+            gain. Defaults to `None`, which means nothing.
 
     Returns:
         The trained model, and the results as a dictionary.
@@ -645,6 +648,8 @@ def run(
         f"{results['test']:.4f}{spread}; {results['milliseconds_per_step']:.0f}"
         f" ms a step, {results['seconds'] / 60:.1f} minutes"
     )
+    if more:
+        results.update(more(model))
     if is_chief(strategy):
         save_results(output_path(args, task), args, task=task, **results)
     return model, results

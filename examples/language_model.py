@@ -65,18 +65,15 @@ def main():
     args = common.parse_args(__doc__, PRESETS, extra=add_arguments)
     name, data = load(args)
     task = f"Language, {name}, {args.preset.length} bytes"
-    model, results = common.run(
+    common.run(
         args,
         task,
         data,
         LanguageModel,
         score=bits_per_byte,
         score_name="bits per byte",
+        more=lambda model: {"sample": write_sample(model, args)},
     )
-    if common.is_chief(tf.distribute.get_strategy()):
-        sample = write_sample(model, args)
-        path = common.output_path(args, task)
-        common.save_results(path, args, task=task, **results, sample=sample)
 
 
 def add_arguments(parser):

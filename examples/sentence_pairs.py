@@ -96,17 +96,25 @@ def main():
         return build_classifier(encoder, args)
 
     task = args.task if weights is None else f"{args.task}, pretrained"
-    model, results = common.run(args, task, data, build_model)
-    if args.task == "CoLA":
-        outputs = model.predict(
-            data.test[0], batch_size=args.preset.batch_size, verbose=0
-        )
-        correlation = matthews(data.test[1], outputs.argmax(-1))
-        print(f"{task}: Matthews correlation {correlation:.4f}")
-        path = common.output_path(args, task)
-        common.save_results(
-            path, args, task=task, **results, matthews=correlation
-        )
+    common.run(
+        args,
+        task,
+        data,
+        build_model,
+        more=lambda model: correlate(model, data.test, args),
+    )
+
+
+def correlate(model, test, args):
+    """CoLA's own score; the other tasks have none besides accuracy."""
+    if args.task != "CoLA":
+        return {}
+    outputs = model.predict(
+        test[0], batch_size=args.preset.batch_size, verbose=0
+    )
+    correlation = matthews(test[1], outputs.argmax(-1))
+    print(f"Matthews correlation {correlation:.4f}")
+    return {"matthews": correlation}
 
 
 def add_arguments(parser):

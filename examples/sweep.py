@@ -40,6 +40,7 @@ TASKS = {
         "chance 0.5",
     ),
     "retrieval": ("document_retrieval.py", (), "TF-IDF cosine 0.83"),
+    "sparsity": ("synthetic_sparsity.py", (), ""),
     "language": ("language_model.py", (), "order-4 model 2.22"),
 }
 SYSTEMS = (

@@ -20,7 +20,6 @@ import sys
 import common
 import keras
 import numpy as np
-import tensorflow as tf
 
 QUERIES = 32
 KEY_SIZE = 32
@@ -67,11 +66,15 @@ def main():
     task = f"Sparsity, {args.preset.length} tokens"
     if args.density:
         task += f", density {' '.join(map(str, densities))}"
-    model, results = common.run(args, task, data, build_model)
-    rows = score_each(densities, data.test, model, args)
-    if common.is_chief(tf.distribute.get_strategy()):
-        path = common.output_path(args, task)
-        common.save_results(path, args, task=task, **results, densities=rows)
+    common.run(
+        args,
+        task,
+        data,
+        build_model,
+        more=lambda model: {
+            "densities": score_each(densities, data.test, model, args)
+        },
+    )
 
 
 def add_arguments(parser):
