@@ -11,6 +11,7 @@ import string
 import warnings
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_kt import feature_maps, linear_attention, spectral_priors
@@ -20,6 +21,7 @@ IMPLEMENTATIONS = ("auto", "linear", "quadratic")
 # with XLA and without: benchmarks/attention.py --levels core --lengths 16 32 64
 SHORT_LENGTH = 32
 REDRAWS = ("never", "step")
+DECAYS = (None, "constant", "gated")
 
 
 @keras.saving.register_keras_serializable(package="keras_kt")
@@ -73,6 +75,15 @@ class KernelizedAttention(keras.layers.Layer):
             `sliding_window`) and where forming it is faster: sequences known
             to have at most 32 tokens. `"linear"` never forms it and refuses
             such calls. `"quadratic"` always forms it. The estimate is the same.
+
+        decay: `None` (default), `"constant"` or `"gated"`: forgetting with
+            the distance. The weight of key s for query t is multiplied by
+            exp(−Σ λ_u) over the tokens u after s up to t (after t up to s, for
+            keys after the query), with λ ≥ 0 learned per head, or computed
+            from each token of `key` by a gate that starts at such a constant.
+            Heads start with memories of 32 to 4096 tokens. Masked tokens do
+            not count. Attention with trigonometric features has to be causal
+            then, or form the matrix.
 
     Call arguments:
         query: `(batch, query_length, features)`.
@@ -133,6 +144,7 @@ class KernelizedAttention(keras.layers.Layer):
         qk_norm=None,
         redraw="never",
         implementation="auto",
+        decay=None,
         **kwargs,
     ):
         _check_positive("num_heads", num_heads)
@@ -156,6 +168,7 @@ class KernelizedAttention(keras.layers.Layer):
         spectral_priors.check_choice(
             "implementation", implementation, IMPLEMENTATIONS
         )
+        spectral_priors.check_choice("decay", decay, DECAYS)
         if flash_attention:
             warnings.warn(
                 "`flash_attention` has no effect on KernelizedAttention, whose "
@@ -193,6 +206,7 @@ class KernelizedAttention(keras.layers.Layer):
         self.qk_norm = qk_norm
         self.redraw = redraw
         self.implementation = implementation
+        self.decay = decay
         self._resolve_num_features()
         self._warned_of_dense_mask = False
 
@@ -271,6 +285,10 @@ class KernelizedAttention(keras.layers.Layer):
             bound=2,
         )
         self._build_kernel()
+        if self.decay:
+            _check_one_axis("decay", self.decay, self._attention_axes)
+            self._decay = _Decay(self.decay == "gated", name="decay")
+            self._decay.build((self.num_heads, key_shape[-1]))
         self.built = True
 
     def _build_kernel(self):
@@ -393,6 +411,8 @@ class KernelizedAttention(keras.layers.Layer):
             same = key is value
             value = _select_rows(value, key_mask)
             key = value if same else _select_rows(key, key_mask)
+        if self.decay:
+            kwargs["decay"] = self._decay(key)
         heads, scores = self._compute_attention(
             self._query_dense(query),
             self._key_dense(key),
@@ -421,6 +441,7 @@ class KernelizedAttention(keras.layers.Layer):
         use_causal_mask=False,
         query_mask=None,
         key_mask=None,
+        decay=None,
     ):
         """Attention of projected heads; MultiHeadAttention's override point.
 
@@ -431,6 +452,7 @@ class KernelizedAttention(keras.layers.Layer):
             attention_mask: dense mask, or `None`.
             training, return_attention_scores, use_causal_mask: as in `call`.
             query_mask, key_mask: `(batch, length)` masks that stay vectors.
+            decay: `(batch, key_length, heads, 1)`, or `None`.
 
         Returns:
             `(batch, query_length, heads, value_dim)`, and the weights or
@@ -458,6 +480,8 @@ class KernelizedAttention(keras.layers.Layer):
             folding.fold(query), folding.fold(key), training
         )
         v = tf.cast(folding.fold(value), tf.float32)
+        if decay is not None:
+            decay = folding.fold(decay)
         scores = None
         if needs_matrix or self._prefers_matrix(q, k):
             heads, scores = linear_attention.quadratic(
@@ -468,11 +492,14 @@ class KernelizedAttention(keras.layers.Layer):
                 key_mask=folded_key_mask,
                 attention_mask=attention_mask,
                 use_causal_mask=use_causal_mask,
+                decay=decay,
             )
         elif use_causal_mask:
-            k, v, folded_key_mask = _match_length(q, k, v, folded_key_mask)
+            folded_key_mask, k, v, decay = _match_length(
+                q, folded_key_mask, k, v, decay
+            )
             heads, _ = linear_attention.causal(
-                q, k, v, feature_map, key_mask=folded_key_mask
+                q, k, v, feature_map, key_mask=folded_key_mask, decay=decay
             )
         else:
             heads = linear_attention.bidirectional(
@@ -608,6 +635,7 @@ class KernelizedAttention(keras.layers.Layer):
             feature_map,
             state,
             key_mask=value_mask,
+            decay=self._decay(key) if self.decay else None,
         )
         heads = folding.unfold(tf.cast(heads, self.compute_dtype))
         return self._project_heads(heads, query, training=False), state
@@ -713,6 +741,7 @@ class KernelizedAttention(keras.layers.Layer):
             "qk_norm": self.qk_norm,
             "redraw": self.redraw,
             "implementation": self.implementation,
+            "decay": self.decay,
         }
 
 
@@ -757,6 +786,40 @@ class _UnitNorm(keras.layers.Layer):
 
     def call(self, x):
         return tf.math.l2_normalize(x, axis=-1) * tf.sqrt(self.temperature)
+
+
+class _Decay(keras.layers.Layer):
+    """λ = softplus(w·x + b) per head, with w = 0 if the decay is constant."""
+
+    def __init__(self, is_gated, **kwargs):
+        super().__init__(**{**kwargs, "dtype": "float32"})
+        self.is_gated = is_gated
+
+    def build(self, shape):
+        num_heads, features = shape
+        # Heads forget at speeds of their own from the start.
+        rates = 2.0 ** -np.linspace(5.0, 12.0, num_heads)
+        self.raw_rate = self.add_weight(
+            name="rate",
+            shape=(num_heads,),
+            initializer=lambda shape, dtype: np.log(np.expm1(rates)),
+            autocast=False,
+        )
+        if self.is_gated:
+            self.gate = self.add_weight(
+                name="gate",
+                shape=(features, num_heads),
+                initializer="zeros",
+                autocast=False,
+            )
+        self.built = True
+
+    def call(self, x):
+        """`(batch, …, features)` to `(batch, …, heads, 1)`."""
+        raw = tf.zeros_like(x[..., :1]) + self.raw_rate
+        if self.is_gated:
+            raw += tf.tensordot(x, tf.convert_to_tensor(self.gate), 1)
+        return tf.nn.softplus(raw)[..., tf.newaxis]
 
 
 class _Folding:
@@ -879,28 +942,25 @@ def _is_known(*sizes):
     return all(isinstance(size, int) for size in sizes)
 
 
-def _match_length(query, key, value, key_mask):
+def _match_length(query, key_mask, *of_keys):
     """Keys cut or padded to the queries' length: causal from the start."""
-    length, keys = query.shape[1], key.shape[1]
-    if length is not None and length == keys:
-        return key, value, key_mask
+    key, length = of_keys[0], query.shape[1]
+    if length is not None and length == key.shape[1]:
+        return key_mask, *of_keys
     if key_mask is None:
         key_mask = tf.ones(tf.shape(key)[:2], "bool")
     if length is None:
         length = tf.shape(query)[1]
-    key, value, key_mask = (
-        key[:, :length],
-        value[:, :length],
-        key_mask[:, :length],
-    )
-    missing = length - tf.shape(key)[1]
-    padding = ((0, 0), (0, missing), (0, 0), (0, 0))
-    key, value = tf.pad(key, padding), tf.pad(value, padding)
-    key_mask = tf.pad(key_mask, padding[:2])
-    static = query.shape[1]
-    key = tf.ensure_shape(key, (None, static, *key.shape[2:]))
-    value = tf.ensure_shape(value, (None, static, *value.shape[2:]))
-    return key, value, tf.ensure_shape(key_mask, (None, static))
+    missing = tf.maximum(length - tf.shape(key)[1], 0)
+
+    def match(x):
+        if x is None:
+            return None
+        rest = [(0, 0)] * (x.shape.rank - 2)
+        x = tf.pad(x[:, :length], [(0, 0), (0, missing), *rest])
+        return tf.ensure_shape(x, (None, query.shape[1], *x.shape[2:]))
+
+    return tuple(map(match, (key_mask, *of_keys)))
 
 
 def _select_rows(x, mask):
@@ -956,6 +1016,15 @@ def _check_positive(name, value, optional=False):
         raise ValueError(
             f"Received an invalid value for argument `{name}`, expected "
             f"{expected}. Received: {name}={value}"
+        )
+
+
+def _check_one_axis(name, value, axes):
+    if len(axes) > 1:
+        raise ValueError(
+            f"`{name}` needs an order of positions, so a single attention "
+            f"axis. Received: {name}={value!r}, attention_axes={axes}. Flatten "
+            f"the axes, or leave `{name}` out."
         )
 
 
