@@ -16,7 +16,7 @@ from keras_kt.feature_maps import (
     PositiveFeatures,
     TrigonometricFeatures,
 )
-from keras_kt.linear_attention import AttentionState
+from keras_kt.linear_attention import AttentionState, NearFieldState
 from keras_kt.serving import export_saved_model
 from keras_kt.spectral_priors import (
     DistributionPrior,
@@ -41,6 +41,7 @@ __all__ = [
     "GeneratorPrior",
     "KernelizedAttention",
     "MixturePrior",
+    "NearFieldState",
     "NormalPrior",
     "PositiveFeatures",
     "SpectralPrior",

@@ -85,6 +85,12 @@ class KernelizedAttention(keras.layers.Layer):
             not count. Attention with trigonometric features has to be causal
             then, or form the matrix.
 
+        near_field: number of tokens; keys less than that far from the query
+            weigh by the kernel in closed form, those beyond by features, under
+            one normaliser. Needs positive features of a normal or mixture
+            prior. Masked tokens keep their place in the distance. Defaults to
+            `None`: features at any distance.
+
     Call arguments:
         query: `(batch, query_length, features)`.
         value: `(batch, key_length, features)`.
@@ -145,12 +151,14 @@ class KernelizedAttention(keras.layers.Layer):
         redraw="never",
         implementation="auto",
         decay=None,
+        near_field=None,
         **kwargs,
     ):
         _check_positive("num_heads", num_heads)
         _check_positive("key_dim", key_dim)
         _check_positive("value_dim", value_dim, optional=True)
         _check_positive("num_features", num_features, optional=True)
+        _check_positive("near_field", near_field, optional=True)
         if sliding_window is not None and (
             not isinstance(sliding_window, int) or sliding_window <= 0
         ):
@@ -207,6 +215,8 @@ class KernelizedAttention(keras.layers.Layer):
         self.redraw = redraw
         self.implementation = implementation
         self.decay = decay
+        self.near_field = near_field
+        self._check_near_field()
         self._resolve_num_features()
         self._warned_of_dense_mask = False
 
@@ -251,6 +261,18 @@ class KernelizedAttention(keras.layers.Layer):
         prior.validate(num_frequencies, num_features)
         return num_features, num_frequencies
 
+    def _check_near_field(self):
+        prior, feature_map = self.spectral_prior, self.feature_map
+        is_positive = isinstance(feature_map, feature_maps.PositiveFeatures)
+        if self.near_field and not (is_positive and prior.is_gaussian):
+            raise ValueError(
+                "`near_field` needs a kernel in closed form: positive features "
+                "of a NormalPrior or MixturePrior. Received: near_field="
+                f"{self.near_field} with {type(feature_map).__name__} of a "
+                f"{type(prior).__name__}. Choose among these, or leave "
+                "`near_field` out."
+            )
+
     def build(self, query_shape, value_shape, key_shape=None):
         key_shape = value_shape if key_shape is None else key_shape
         _check_shapes(query_shape, value_shape, key_shape)
@@ -289,6 +311,8 @@ class KernelizedAttention(keras.layers.Layer):
             _check_one_axis("decay", self.decay, self._attention_axes)
             self._decay = _Decay(self.decay == "gated", name="decay")
             self._decay.build((self.num_heads, key_shape[-1]))
+        if self.near_field:
+            _check_one_axis("near_field", self.near_field, self._attention_axes)
         self.built = True
 
     def _build_kernel(self):
@@ -476,7 +500,7 @@ class KernelizedAttention(keras.layers.Layer):
             band = folding.band(self.sliding_window)
             attention_mask = _both(attention_mask, band)
         folded_key_mask = folding.fold_mask(key_mask, folding.key_sizes)
-        q, k, feature_map = self._kernel_inputs(
+        q, k, feature_map, kernel = self._kernel_inputs(
             folding.fold(query), folding.fold(key), training
         )
         v = tf.cast(folding.fold(value), tf.float32)
@@ -493,17 +517,32 @@ class KernelizedAttention(keras.layers.Layer):
                 attention_mask=attention_mask,
                 use_causal_mask=use_causal_mask,
                 decay=decay,
+                kernel=kernel,
+                window=self.near_field,
             )
         elif use_causal_mask:
             folded_key_mask, k, v, decay = _match_length(
                 q, folded_key_mask, k, v, decay
             )
-            heads, _ = linear_attention.causal(
-                q, k, v, feature_map, key_mask=folded_key_mask, decay=decay
-            )
-        else:
+            tokens = q, k, v, feature_map
+            masks = {"key_mask": folded_key_mask, "decay": decay}
+            if kernel is None:
+                heads, _ = linear_attention.causal(*tokens, **masks)
+            else:
+                heads, _ = linear_attention.near_field(
+                    *tokens,
+                    kernel,
+                    self.near_field,
+                    use_causal_mask=True,
+                    **masks,
+                )
+        elif decay is None and kernel is None:
             heads = linear_attention.bidirectional(
                 q, k, v, feature_map, key_mask=folded_key_mask
+            )
+        else:
+            heads = self._attend_by_distance(
+                q, k, v, feature_map, kernel, folded_key_mask, decay
             )
         folded_query_mask = folding.fold_mask(query_mask, folding.query_sizes)
         if folded_query_mask is not None:
@@ -517,6 +556,37 @@ class KernelizedAttention(keras.layers.Layer):
             return heads, None
         scores = tf.cast(scores, self.compute_dtype)
         return heads, folding.unfold_scores(scores)
+
+    def _attend_by_distance(
+        self, query, key, value, feature_map, kernel, key_mask, decay
+    ):
+        """Bidirectional attention with a decay or a near field."""
+        if not feature_map.positive:
+            raise ValueError(
+                "`decay` with trigonometric features needs "
+                "`use_causal_mask=True` or the attention matrix. Received: "
+                f"decay={self.decay!r}, use_causal_mask=False. Use positive "
+                'features, or implementation="quadratic".'
+            )
+        static, length = query.shape[1], tf.shape(query)[1]
+        if static is None or static != key.shape[1]:
+            missing = tf.maximum(tf.shape(key)[1] - length, 0)
+            query = tf.pad(query, [(0, 0), (0, missing), (0, 0), (0, 0)])
+        key_mask, key, value, decay = _match_length(
+            query, key_mask, key, value, decay
+        )
+        tokens = query, key, value, feature_map
+        if kernel is None:
+            heads = linear_attention.fading(*tokens, decay, key_mask=key_mask)
+        else:
+            heads, _ = linear_attention.near_field(
+                *tokens,
+                kernel,
+                self.near_field,
+                key_mask=key_mask,
+                decay=decay,
+            )
+        return heads[:, : static or length]
 
     def _needs_matrix(self, attention_mask, return_attention_scores):
         if self.implementation == "quadratic":
@@ -558,7 +628,8 @@ class KernelizedAttention(keras.layers.Layer):
         )
 
     def _kernel_inputs(self, query, key, training=False):
-        """Queries and keys, float32, and the feature map that scales them."""
+        """Queries and keys, float32, the feature map that scales them, and
+        the kernel of the near field or `None`."""
         query = tf.cast(query, tf.float32)
         key = tf.cast(key, tf.float32)
         scale = self.key_dim**-0.25
@@ -570,7 +641,11 @@ class KernelizedAttention(keras.layers.Layer):
             seed = tf.cast(seed, tf.int64) % (2**31 - 1)
             seed = tf.cast(seed, tf.int32)
         frequencies = self._spectral_prior(seed=seed)
-        return query, key, self._feature_map.bind(frequencies, scale)
+        kernel = None
+        if self.near_field:
+            kernel = self._feature_map.bind_exact(frequencies, scale)
+        feature_map = self._feature_map.bind(frequencies, scale)
+        return query, key, feature_map, kernel
 
     def initial_state(self, batch_size):
         """The state of a causal stream that has seen nothing.
@@ -579,15 +654,21 @@ class KernelizedAttention(keras.layers.Layer):
             batch_size: number of streams, an integer or a scalar tensor.
 
         Returns:
-            `AttentionState` of float32 tensors. Needs no built layer.
+            `AttentionState` of float32 tensors, or `NearFieldState`. Needs no
+            built layer.
         """
         num_features, _ = self._resolve_num_features()
-        return linear_attention.initial_state(
+        sizes = (
             batch_size,
             self.num_heads,
             self.feature_map.feature_dim(num_features),
             self.value_dim,
         )
+        if self.near_field:
+            return linear_attention.initial_near_field_state(
+                *sizes, self.key_dim, self.near_field
+            )
+        return linear_attention.initial_state(*sizes)
 
     def step(self, query, state, value=None, key=None, value_mask=None):
         """Causal attention of new tokens on a state: prefill and decode.
@@ -624,19 +705,23 @@ class KernelizedAttention(keras.layers.Layer):
             value = _select_rows(value, value_mask)
             key = value if same else _select_rows(key, value_mask)
         folding = _Folding(query, value, self._attention_axes)
-        q, k, feature_map = self._kernel_inputs(
+        q, k, feature_map, kernel = self._kernel_inputs(
             folding.fold(self._query_dense(query)),
             folding.fold(self._key_dense(key)),
         )
-        heads, state = linear_attention.step(
-            q,
-            k,
-            tf.cast(folding.fold(self._value_dense(value)), tf.float32),
-            feature_map,
-            state,
-            key_mask=value_mask,
-            decay=self._decay(key) if self.decay else None,
-        )
+        v = tf.cast(folding.fold(self._value_dense(value)), tf.float32)
+        rest = {
+            "key_mask": value_mask,
+            "decay": self._decay(key) if self.decay else None,
+            "state": state,
+        }
+        tokens = q, k, v, feature_map
+        if kernel is None:
+            heads, state = linear_attention.step(*tokens, **rest)
+        else:
+            heads, state = linear_attention.near_field(
+                *tokens, kernel, self.near_field, use_causal_mask=True, **rest
+            )
         heads = folding.unfold(tf.cast(heads, self.compute_dtype))
         return self._project_heads(heads, query, training=False), state
 
@@ -657,12 +742,15 @@ class KernelizedAttention(keras.layers.Layer):
                 "For attention without causality (to an encoder's output, say) "
                 "call the layer itself."
             )
-        if not isinstance(state, linear_attention.AttentionState):
+        expected = linear_attention.AttentionState
+        if self.near_field:
+            expected = linear_attention.NearFieldState
+        if not isinstance(state, expected):
+            name = f"{expected.__name__}({', '.join(expected._fields)})"
             raise ValueError(
-                "`state` must be an AttentionState, from `initial_state` or an "
-                f"earlier `step`. Received: a {type(state).__name__}. "
-                "`keras_kt.AttentionState(maximum, sums, count)` makes one of "
-                "tensors that travelled apart."
+                f"`state` must be an {expected.__name__}, from `initial_state` "
+                f"or an earlier `step`. Received: a {type(state).__name__}. "
+                f"`keras_kt.{name}` makes one of tensors that travelled apart."
             )
         batches = {query.shape[0], state.sums.shape[0]} - {None}
         if len(batches) > 1:
@@ -742,6 +830,7 @@ class KernelizedAttention(keras.layers.Layer):
             "redraw": self.redraw,
             "implementation": self.implementation,
             "decay": self.decay,
+            "near_field": self.near_field,
         }
 
 
