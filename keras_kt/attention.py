@@ -742,14 +742,15 @@ class KernelizedAttention(keras.layers.Layer):
                 "For attention without causality (to an encoder's output, say) "
                 "call the layer itself."
             )
-        expected = linear_attention.AttentionState
+        article, expected = "an", linear_attention.AttentionState
         if self.near_field:
-            expected = linear_attention.NearFieldState
+            article, expected = "a", linear_attention.NearFieldState
         if not isinstance(state, expected):
             name = f"{expected.__name__}({', '.join(expected._fields)})"
             raise ValueError(
-                f"`state` must be an {expected.__name__}, from `initial_state` "
-                f"or an earlier `step`. Received: a {type(state).__name__}. "
+                f"`state` must be {article} {expected.__name__}, from "
+                "`initial_state` or an earlier `step`. Received: a "
+                f"{type(state).__name__}. "
                 f"`keras_kt.{name}` makes one of tensors that travelled apart."
             )
         batches = {query.shape[0], state.sums.shape[0]} - {None}
