@@ -194,7 +194,7 @@ def solved(prior_name, map_name, length, window, fades, masked, causal):
 
 
 # Window 0: features at any distance.
-OPTIONS = ((0, True), (1, False), (5, False), (5, True), (16, True))
+OPTIONS = ((0, True), (5, False), (5, True))
 PAIRS = (
     ("normal", "positive"),
     ("mixture", "positive-gaussian"),
@@ -204,32 +204,31 @@ PAIRS = (
 )
 
 
-@pytest.mark.parametrize("masked", (False, True), ids=("whole", "padded"))
 @pytest.mark.parametrize("causal", (True, False), ids=("causal", "both"))
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("window, fades", OPTIONS)
 @pytest.mark.parametrize("prior_name, map_name", PAIRS)
 def test_outputs_and_gradients_match_float64_numpy(
-    prior_name, map_name, window, fades, algorithm, causal, masked
+    prior_name, map_name, window, fades, algorithm, causal
 ):
     if algorithm == "step" and not causal:
         return
     is_signed = map_name == "trigonometric"
     if is_signed and (window or not causal and algorithm != "quadratic"):
         return  # refused by the layer
-    check(algorithm, prior_name, map_name, 11, window, fades, masked, causal)
+    check(algorithm, prior_name, map_name, 11, window, fades, True, causal)
 
 
 @pytest.mark.parametrize("causal", (True, False), ids=("causal", "both"))
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("window, fades", OPTIONS)
-@pytest.mark.parametrize("length", (1, 3, 4, 21))
+@pytest.mark.parametrize("window, fades", ((0, True), (1, False), (16, True)))
+@pytest.mark.parametrize("length", (1, 3, 21))
 def test_any_length_matches_float64_numpy(
     length, window, fades, algorithm, causal
 ):
     if algorithm == "step" and not causal:
         return
-    check(algorithm, "mixture", "positive", length, window, fades, True, causal)
+    check(algorithm, "normal", "positive", length, window, fades, False, causal)
 
 
 def check(algorithm, *arguments):
