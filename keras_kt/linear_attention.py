@@ -488,7 +488,7 @@ def _stream(key, value, decay, key_mask):
 
 def _before(tokens, count):
     """Tokens that are not there, before the first."""
-    return [tf.zeros_like(_repeat_first(x, count)) for x in tokens]
+    return [tf.zeros((_size(x, 0), count, *x.shape[2:])) for x in tokens]
 
 
 def _beyond(query, tokens, feature_map, distance, state):
@@ -641,10 +641,6 @@ def _recomputed(function, *tensors):
     return call(*tensors)
 
 
-def _repeat_first(x, count):
-    return tf.repeat(x[:, :1], count, axis=1)
-
-
 def step(query, key, value, feature_map, state, *, key_mask=None, decay=None):
     """One or more new tokens on a state: prefill, resume and decode.
 
@@ -743,17 +739,14 @@ def quadratic(
         decay = _tokens(_visible_decay(decay, key_mask))
         log_fading = _log_fading(decay, _size(query, 2))
     if kernel is not None:
-        positions = [tf.range(_size(x, 2)) for x in (query, key)]
-        distance = positions[0][:, tf.newaxis] - positions[1]
-        near = tf.abs(distance) < window
+        near = _near(_size(query, 2), _size(key, 2), window)
         kept_key = key if keep is None else tf.where(keep, key, 0.0)
         exact = _exact_logits(kernel, query, kept_key) + log_fading
-    log_query, log_key = (
-        feature_map(query)
-        if near is None
-        else _query_features(feature_map, query),
-        _key_features(feature_map, key, keep),
-    )
+        # The kernel leaves out the same factor of each query.
+        log_query = _query_features(feature_map, query)
+    else:
+        log_query = feature_map(query)
+    log_key = _key_features(feature_map, key, keep)
     query, key = log_query, log_key
     if feature_map.positive:
         maximum = _maximum(log_key)
@@ -763,13 +756,12 @@ def quadratic(
     if decay is not None:
         scores *= tf.exp(log_fading)
     if near is not None:
+        # One scale for both, the larger of theirs.
         scale = _row_maximum(log_query + maximum[..., tf.newaxis, :])
-        nearest = tf.where(near & visible, exact, FLOOR)
-        top = tf.maximum(scale, _row_maximum(nearest))
+        exact = tf.where(near & visible, exact, FLOOR)
+        top = tf.maximum(scale, _row_maximum(exact))
         scores = tf.where(
-            near,
-            tf.exp(tf.minimum(exact - top, 0.0)),
-            scores * tf.exp(scale - top),
+            near, tf.exp(exact - top), scores * tf.exp(scale - top)
         )
     scores = tf.where(visible, scores, 0.0)
     total = tf.reduce_sum(scores, axis=-1, keepdims=True)
@@ -1202,6 +1194,12 @@ def _fading(elapsed):
     length = _size(elapsed, -2)
     visible = tf.linalg.band_part(tf.ones((length, length), "bool"), -1, 0)
     return tf.where(visible, tf.exp(-tf.where(visible, decay, 0.0)), 0.0)
+
+
+def _near(queries, keys, window):
+    """Which of `(queries, keys)` are less than `window` tokens apart."""
+    distance = tf.range(queries)[:, tf.newaxis] - tf.range(keys)
+    return tf.abs(distance) < window
 
 
 def _exact_logits(kernel, query, key):
