@@ -17,7 +17,7 @@ from keras_kt.feature_maps import (
     TrigonometricFeatures,
 )
 from keras_kt.generation import generate
-from keras_kt.linear_attention import AttentionState
+from keras_kt.linear_attention import AttentionState, NearFieldState
 from keras_kt.serving import export_saved_model
 from keras_kt.spectral_priors import (
     DistributionPrior,
@@ -50,6 +50,7 @@ __all__ = [
     "KernelizedTransformerDecoder",
     "KernelizedTransformerEncoder",
     "MixturePrior",
+    "NearFieldState",
     "NormalPrior",
     "PositiveFeatures",
     "SpectralPrior",

@@ -11,6 +11,7 @@ import string
 import warnings
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_kt import feature_maps, linear_attention, spectral_priors
@@ -20,6 +21,7 @@ IMPLEMENTATIONS = ("auto", "linear", "quadratic")
 # with XLA and without: benchmarks/attention.py --levels core --lengths 16 32 64
 SHORT_LENGTH = 32
 REDRAWS = ("never", "step")
+DECAYS = (None, "constant", "gated")
 
 
 @keras.saving.register_keras_serializable(package="keras_kt")
@@ -73,6 +75,21 @@ class KernelizedAttention(keras.layers.Layer):
             `sliding_window`) and where forming it is faster: sequences known
             to have at most 32 tokens. `"linear"` never forms it and refuses
             such calls. `"quadratic"` always forms it. The estimate is the same.
+
+        decay: `None` (default), `"constant"` or `"gated"`: forgetting with
+            the distance. The weight of key s for query t is multiplied by
+            exp(−Σ λ_u) over the tokens u after s up to t (after t up to s, for
+            keys after the query), with λ ≥ 0 learned per head, or computed
+            from each token of `key` by a gate that starts at such a constant.
+            Heads start with memories of 32 to 4096 tokens. Masked tokens do
+            not count. Attention with trigonometric features has to be causal
+            then, or form the matrix.
+
+        near_field: number of tokens; keys less than that far from the query
+            weigh by the kernel in closed form, those beyond by features, under
+            one normaliser. Needs positive features of a normal or mixture
+            prior. Masked tokens keep their place in the distance. Defaults to
+            `None`: features at any distance.
 
     Call arguments:
         query: `(batch, query_length, features)`.
@@ -133,12 +150,15 @@ class KernelizedAttention(keras.layers.Layer):
         qk_norm=None,
         redraw="never",
         implementation="auto",
+        decay=None,
+        near_field=None,
         **kwargs,
     ):
         _check_positive("num_heads", num_heads)
         _check_positive("key_dim", key_dim)
         _check_positive("value_dim", value_dim, optional=True)
         _check_positive("num_features", num_features, optional=True)
+        _check_positive("near_field", near_field, optional=True)
         if sliding_window is not None and (
             not isinstance(sliding_window, int) or sliding_window <= 0
         ):
@@ -156,6 +176,7 @@ class KernelizedAttention(keras.layers.Layer):
         spectral_priors.check_choice(
             "implementation", implementation, IMPLEMENTATIONS
         )
+        spectral_priors.check_choice("decay", decay, DECAYS)
         if flash_attention:
             warnings.warn(
                 "`flash_attention` has no effect on KernelizedAttention, whose "
@@ -193,6 +214,9 @@ class KernelizedAttention(keras.layers.Layer):
         self.qk_norm = qk_norm
         self.redraw = redraw
         self.implementation = implementation
+        self.decay = decay
+        self.near_field = near_field
+        self._check_near_field()
         self._resolve_num_features()
         self._warned_of_dense_mask = False
 
@@ -237,6 +261,18 @@ class KernelizedAttention(keras.layers.Layer):
         prior.validate(num_frequencies, num_features)
         return num_features, num_frequencies
 
+    def _check_near_field(self):
+        prior, feature_map = self.spectral_prior, self.feature_map
+        is_positive = isinstance(feature_map, feature_maps.PositiveFeatures)
+        if self.near_field and not (is_positive and prior.is_gaussian):
+            raise ValueError(
+                "`near_field` needs a kernel in closed form: positive features "
+                "of a NormalPrior or MixturePrior. Received: near_field="
+                f"{self.near_field} with {type(feature_map).__name__} of a "
+                f"{type(prior).__name__}. Choose among these, or leave "
+                "`near_field` out."
+            )
+
     def build(self, query_shape, value_shape, key_shape=None):
         key_shape = value_shape if key_shape is None else key_shape
         _check_shapes(query_shape, value_shape, key_shape)
@@ -271,6 +307,12 @@ class KernelizedAttention(keras.layers.Layer):
             bound=2,
         )
         self._build_kernel()
+        if self.decay:
+            _check_one_axis("decay", self.decay, self._attention_axes)
+            self._decay = _Decay(self.decay == "gated", name="decay")
+            self._decay.build((self.num_heads, key_shape[-1]))
+        if self.near_field:
+            _check_one_axis("near_field", self.near_field, self._attention_axes)
         self.built = True
 
     def _build_kernel(self):
@@ -393,6 +435,8 @@ class KernelizedAttention(keras.layers.Layer):
             same = key is value
             value = _select_rows(value, key_mask)
             key = value if same else _select_rows(key, key_mask)
+        if self.decay:
+            kwargs["decay"] = self._decay(key)
         heads, scores = self._compute_attention(
             self._query_dense(query),
             self._key_dense(key),
@@ -421,6 +465,7 @@ class KernelizedAttention(keras.layers.Layer):
         use_causal_mask=False,
         query_mask=None,
         key_mask=None,
+        decay=None,
     ):
         """Attention of projected heads; MultiHeadAttention's override point.
 
@@ -431,6 +476,7 @@ class KernelizedAttention(keras.layers.Layer):
             attention_mask: dense mask, or `None`.
             training, return_attention_scores, use_causal_mask: as in `call`.
             query_mask, key_mask: `(batch, length)` masks that stay vectors.
+            decay: `(batch, key_length, heads, 1)`, or `None`.
 
         Returns:
             `(batch, query_length, heads, value_dim)`, and the weights or
@@ -454,10 +500,12 @@ class KernelizedAttention(keras.layers.Layer):
             band = folding.band(self.sliding_window)
             attention_mask = _both(attention_mask, band)
         folded_key_mask = folding.fold_mask(key_mask, folding.key_sizes)
-        q, k, feature_map = self._kernel_inputs(
+        q, k, feature_map, kernel = self._kernel_inputs(
             folding.fold(query), folding.fold(key), training
         )
         v = tf.cast(folding.fold(value), tf.float32)
+        if decay is not None:
+            decay = folding.fold(decay)
         scores = None
         if needs_matrix or self._prefers_matrix(q, k):
             heads, scores = linear_attention.quadratic(
@@ -468,15 +516,33 @@ class KernelizedAttention(keras.layers.Layer):
                 key_mask=folded_key_mask,
                 attention_mask=attention_mask,
                 use_causal_mask=use_causal_mask,
+                decay=decay,
+                kernel=kernel,
+                window=self.near_field,
             )
         elif use_causal_mask:
-            k, v, folded_key_mask = _match_length(q, k, v, folded_key_mask)
-            heads, _ = linear_attention.causal(
+            folded_key_mask, k, v, decay = _match_length(
+                q, folded_key_mask, k, v, decay
+            )
+            tokens = q, k, v, feature_map
+            masks = {"key_mask": folded_key_mask, "decay": decay}
+            if kernel is None:
+                heads, _ = linear_attention.causal(*tokens, **masks)
+            else:
+                heads, _ = linear_attention.near_field(
+                    *tokens,
+                    kernel,
+                    self.near_field,
+                    use_causal_mask=True,
+                    **masks,
+                )
+        elif decay is None and kernel is None:
+            heads = linear_attention.bidirectional(
                 q, k, v, feature_map, key_mask=folded_key_mask
             )
         else:
-            heads = linear_attention.bidirectional(
-                q, k, v, feature_map, key_mask=folded_key_mask
+            heads = self._attend_by_distance(
+                q, k, v, feature_map, kernel, folded_key_mask, decay
             )
         folded_query_mask = folding.fold_mask(query_mask, folding.query_sizes)
         if folded_query_mask is not None:
@@ -490,6 +556,37 @@ class KernelizedAttention(keras.layers.Layer):
             return heads, None
         scores = tf.cast(scores, self.compute_dtype)
         return heads, folding.unfold_scores(scores)
+
+    def _attend_by_distance(
+        self, query, key, value, feature_map, kernel, key_mask, decay
+    ):
+        """Bidirectional attention with a decay or a near field."""
+        if not feature_map.positive:
+            raise ValueError(
+                "`decay` with trigonometric features needs "
+                "`use_causal_mask=True` or the attention matrix. Received: "
+                f"decay={self.decay!r}, use_causal_mask=False. Use positive "
+                'features, or implementation="quadratic".'
+            )
+        static, length = query.shape[1], tf.shape(query)[1]
+        if static is None or static != key.shape[1]:
+            missing = tf.maximum(tf.shape(key)[1] - length, 0)
+            query = tf.pad(query, [(0, 0), (0, missing), (0, 0), (0, 0)])
+        key_mask, key, value, decay = _match_length(
+            query, key_mask, key, value, decay
+        )
+        tokens = query, key, value, feature_map
+        if kernel is None:
+            heads = linear_attention.fading(*tokens, decay, key_mask=key_mask)
+        else:
+            heads, _ = linear_attention.near_field(
+                *tokens,
+                kernel,
+                self.near_field,
+                key_mask=key_mask,
+                decay=decay,
+            )
+        return heads[:, : static or length]
 
     def _needs_matrix(self, attention_mask, return_attention_scores):
         if self.implementation == "quadratic":
@@ -531,7 +628,8 @@ class KernelizedAttention(keras.layers.Layer):
         )
 
     def _kernel_inputs(self, query, key, training=False):
-        """Queries and keys, float32, and the feature map that scales them."""
+        """Queries and keys, float32, the feature map that scales them, and
+        the kernel of the near field or `None`."""
         query = tf.cast(query, tf.float32)
         key = tf.cast(key, tf.float32)
         scale = self.key_dim**-0.25
@@ -543,7 +641,11 @@ class KernelizedAttention(keras.layers.Layer):
             seed = tf.cast(seed, tf.int64) % (2**31 - 1)
             seed = tf.cast(seed, tf.int32)
         frequencies = self._spectral_prior(seed=seed)
-        return query, key, self._feature_map.bind(frequencies, scale)
+        kernel = None
+        if self.near_field:
+            kernel = self._feature_map.bind_exact(frequencies, scale)
+        feature_map = self._feature_map.bind(frequencies, scale)
+        return query, key, feature_map, kernel
 
     def initial_state(self, batch_size):
         """The state of a causal stream that has seen nothing.
@@ -552,15 +654,21 @@ class KernelizedAttention(keras.layers.Layer):
             batch_size: number of streams, an integer or a scalar tensor.
 
         Returns:
-            `AttentionState` of float32 tensors. Needs no built layer.
+            `AttentionState` of float32 tensors, or `NearFieldState`. Needs no
+            built layer.
         """
         num_features, _ = self._resolve_num_features()
-        return linear_attention.initial_state(
+        sizes = (
             batch_size,
             self.num_heads,
             self.feature_map.feature_dim(num_features),
             self.value_dim,
         )
+        if self.near_field:
+            return linear_attention.initial_near_field_state(
+                *sizes, self.key_dim, self.near_field
+            )
+        return linear_attention.initial_state(*sizes)
 
     def step(self, query, state, value=None, key=None, value_mask=None):
         """Causal attention of new tokens on a state: prefill and decode.
@@ -597,18 +705,23 @@ class KernelizedAttention(keras.layers.Layer):
             value = _select_rows(value, value_mask)
             key = value if same else _select_rows(key, value_mask)
         folding = _Folding(query, value, self._attention_axes)
-        q, k, feature_map = self._kernel_inputs(
+        q, k, feature_map, kernel = self._kernel_inputs(
             folding.fold(self._query_dense(query)),
             folding.fold(self._key_dense(key)),
         )
-        heads, state = linear_attention.step(
-            q,
-            k,
-            tf.cast(folding.fold(self._value_dense(value)), tf.float32),
-            feature_map,
-            state,
-            key_mask=value_mask,
-        )
+        v = tf.cast(folding.fold(self._value_dense(value)), tf.float32)
+        rest = {
+            "key_mask": value_mask,
+            "decay": self._decay(key) if self.decay else None,
+            "state": state,
+        }
+        tokens = q, k, v, feature_map
+        if kernel is None:
+            heads, state = linear_attention.step(*tokens, **rest)
+        else:
+            heads, state = linear_attention.near_field(
+                *tokens, kernel, self.near_field, use_causal_mask=True, **rest
+            )
         heads = folding.unfold(tf.cast(heads, self.compute_dtype))
         return self._project_heads(heads, query, training=False), state
 
@@ -629,12 +742,16 @@ class KernelizedAttention(keras.layers.Layer):
                 "For attention without causality (to an encoder's output, say) "
                 "call the layer itself."
             )
-        if not isinstance(state, linear_attention.AttentionState):
+        article, expected = "an", linear_attention.AttentionState
+        if self.near_field:
+            article, expected = "a", linear_attention.NearFieldState
+        if not isinstance(state, expected):
+            name = f"{expected.__name__}({', '.join(expected._fields)})"
             raise ValueError(
-                "`state` must be an AttentionState, from `initial_state` or an "
-                f"earlier `step`. Received: a {type(state).__name__}. "
-                "`keras_kt.AttentionState(maximum, sums, count)` makes one of "
-                "tensors that travelled apart."
+                f"`state` must be {article} {expected.__name__}, from "
+                "`initial_state` or an earlier `step`. Received: a "
+                f"{type(state).__name__}. "
+                f"`keras_kt.{name}` makes one of tensors that travelled apart."
             )
         batches = {query.shape[0], state.sums.shape[0]} - {None}
         if len(batches) > 1:
@@ -713,6 +830,8 @@ class KernelizedAttention(keras.layers.Layer):
             "qk_norm": self.qk_norm,
             "redraw": self.redraw,
             "implementation": self.implementation,
+            "decay": self.decay,
+            "near_field": self.near_field,
         }
 
 
@@ -757,6 +876,40 @@ class _UnitNorm(keras.layers.Layer):
 
     def call(self, x):
         return tf.math.l2_normalize(x, axis=-1) * tf.sqrt(self.temperature)
+
+
+class _Decay(keras.layers.Layer):
+    """λ = softplus(w·x + b) per head, with w = 0 if the decay is constant."""
+
+    def __init__(self, is_gated, **kwargs):
+        super().__init__(**{**kwargs, "dtype": "float32"})
+        self.is_gated = is_gated
+
+    def build(self, shape):
+        num_heads, features = shape
+        # Heads forget at speeds of their own from the start.
+        rates = 2.0 ** -np.linspace(5.0, 12.0, num_heads)
+        self.raw_rate = self.add_weight(
+            name="rate",
+            shape=(num_heads,),
+            initializer=lambda shape, dtype: np.log(np.expm1(rates)),
+            autocast=False,
+        )
+        if self.is_gated:
+            self.gate = self.add_weight(
+                name="gate",
+                shape=(features, num_heads),
+                initializer="zeros",
+                autocast=False,
+            )
+        self.built = True
+
+    def call(self, x):
+        """`(batch, …, features)` to `(batch, …, heads, 1)`."""
+        raw = tf.zeros_like(x[..., :1]) + self.raw_rate
+        if self.is_gated:
+            raw += tf.tensordot(x, tf.convert_to_tensor(self.gate), 1)
+        return tf.nn.softplus(raw)[..., tf.newaxis]
 
 
 class _Folding:
@@ -879,28 +1032,25 @@ def _is_known(*sizes):
     return all(isinstance(size, int) for size in sizes)
 
 
-def _match_length(query, key, value, key_mask):
+def _match_length(query, key_mask, *of_keys):
     """Keys cut or padded to the queries' length: causal from the start."""
-    length, keys = query.shape[1], key.shape[1]
-    if length is not None and length == keys:
-        return key, value, key_mask
+    key, length = of_keys[0], query.shape[1]
+    if length is not None and length == key.shape[1]:
+        return key_mask, *of_keys
     if key_mask is None:
         key_mask = tf.ones(tf.shape(key)[:2], "bool")
     if length is None:
         length = tf.shape(query)[1]
-    key, value, key_mask = (
-        key[:, :length],
-        value[:, :length],
-        key_mask[:, :length],
-    )
-    missing = length - tf.shape(key)[1]
-    padding = ((0, 0), (0, missing), (0, 0), (0, 0))
-    key, value = tf.pad(key, padding), tf.pad(value, padding)
-    key_mask = tf.pad(key_mask, padding[:2])
-    static = query.shape[1]
-    key = tf.ensure_shape(key, (None, static, *key.shape[2:]))
-    value = tf.ensure_shape(value, (None, static, *value.shape[2:]))
-    return key, value, tf.ensure_shape(key_mask, (None, static))
+    missing = tf.maximum(length - tf.shape(key)[1], 0)
+
+    def match(x):
+        if x is None:
+            return None
+        rest = [(0, 0)] * (x.shape.rank - 2)
+        x = tf.pad(x[:, :length], [(0, 0), (0, missing), *rest])
+        return tf.ensure_shape(x, (None, query.shape[1], *x.shape[2:]))
+
+    return tuple(map(match, (key_mask, *of_keys)))
 
 
 def _select_rows(x, mask):
@@ -956,6 +1106,15 @@ def _check_positive(name, value, optional=False):
         raise ValueError(
             f"Received an invalid value for argument `{name}`, expected "
             f"{expected}. Received: {name}={value}"
+        )
+
+
+def _check_one_axis(name, value, axes):
+    if len(axes) > 1:
+        raise ValueError(
+            f"`{name}` needs an order of positions, so a single attention "
+            f"axis. Received: {name}={value!r}, attention_axes={axes}. Flatten "
+            f"the axes, or leave `{name}` out."
         )
 
 

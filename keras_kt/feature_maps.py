@@ -50,10 +50,14 @@ class PositiveMap(NamedTuple):
         return self.projection.shape[-1] * (2 if self.two_sided else 1)
 
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
+        return self._sides(x, self.exponent(x))
+
+    def exponent(self, x: tf.Tensor) -> tf.Tensor:
+        """What the log-features of a component share."""
         exponent = self.log_amplitudes - self._quadratic_form(x)
         if self.linear is not None:
             exponent += tf.matmul(x, self.linear)
-        return self._sides(x, exponent)
+        return exponent
 
     def relative(self, x: tf.Tensor) -> tf.Tensor:
         """Log-features up to a constant of each x, which attention cancels."""
@@ -78,6 +82,50 @@ class PositiveMap(NamedTuple):
             return tf.matmul(tf.square(x), self.quadratic)
         rotated = tf.einsum("bhtd,hcde->bhtce", x, self.quadratic)
         return tf.reduce_sum(tf.square(rotated), axis=-1)
+
+
+class ExactKernel(NamedTuple):
+    """The kernel that a `PositiveMap` of Gaussian frequencies estimates.
+
+    It is Σ_c exp(q̃_c·k̃_c), up to the factor of the query that the map's
+    `relative` leaves out, where q̃_c and k̃_c are x under a factor of Σ_c with
+    two more coordinates.
+
+    Attributes:
+        feature_map: the `PositiveMap`.
+        factors: `(heads, components, head_dim)` standard deviations, or
+            Cholesky factors `(heads, components, head_dim, head_dim)`.
+    """
+
+    feature_map: PositiveMap
+    factors: tf.Tensor
+
+    def queries(self, x: tf.Tensor) -> tf.Tensor:
+        """q̃, `(batch, heads, length, components, head_dim + 2)`."""
+        mapped, exponent = self._mapped(x)
+        if self.factors.shape[1] > 1:
+            exponent += self.feature_map.exponent(x)
+        return self._join(mapped, exponent, tf.ones_like(exponent))
+
+    def keys(self, x: tf.Tensor) -> tf.Tensor:
+        """k̃, like q̃."""
+        mapped, exponent = self._mapped(x)
+        # Features are a sum over frequencies and sides.
+        terms = self.feature_map.width // self.factors.shape[1]
+        exponent += self.feature_map.exponent(x) + math.log(terms)
+        return self._join(mapped, tf.ones_like(exponent), exponent)
+
+    def _mapped(self, x):
+        if self.factors.shape.rank == 3:
+            factors = self.factors[:, tf.newaxis]
+            mapped = x[:, :, :, tf.newaxis] * factors
+        else:
+            mapped = tf.einsum("bhtd,hcde->bhtce", x, self.factors)
+        return mapped, 0.5 * tf.reduce_sum(tf.square(mapped), axis=-1)
+
+    def _join(self, mapped, *coordinates):
+        more = tf.stack(coordinates, axis=-1)
+        return tf.concat([mapped, more], axis=-1)
 
 
 class TrigonometricMap(NamedTuple):
@@ -270,6 +318,16 @@ class PositiveFeatures(FeatureMap):
             * (frequencies.log_weights - math.log(self.sides))[:, tf.newaxis],
             two_sided=self.two_sided,
         )
+
+    def bind_exact(self, frequencies, scale=1.0):
+        """The closed form of what `bind` estimates, for Gaussian priors.
+
+        Frequencies of fixed radius estimate it with a small bias.
+        """
+        factors = frequencies.covariances
+        if factors.shape.rank == 3:
+            factors = tf.sqrt(factors)
+        return ExactKernel(self.bind(frequencies, scale), scale * factors)
 
     def get_config(self):
         return {

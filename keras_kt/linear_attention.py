@@ -29,7 +29,8 @@ import tensorflow as tf
 
 # Stands for log 0; finite, since ∞ − ∞ hides in fully padded prefixes.
 FLOOR = -1e30
-_UNDERFLOW = math.exp(-60.0)
+_MOST_EXCESS = 60.0
+_UNDERFLOW = math.exp(-_MOST_EXCESS)
 # Signed normalisers are kept away from zero by this share of the key count.
 _SIGNED_LIMIT = 1e-2
 # Causal tokens attend within a chunk by an explicit matrix.
@@ -176,7 +177,16 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
     return attend(query, key, value, *tensors)
 
 
-def causal(query, key, value, feature_map, *, key_mask=None, state=None):
+def causal(
+    query,
+    key,
+    value,
+    feature_map,
+    *,
+    key_mask=None,
+    decay=None,
+    state=None,
+):
     """Query t sees keys 0 … t, and those that `state` has seen.
 
     Chunks attend within themselves by an explicit matrix and to earlier ones
@@ -187,37 +197,68 @@ def causal(query, key, value, feature_map, *, key_mask=None, state=None):
     Args:
         query, key, value, feature_map, key_mask: as in `bidirectional`, of
             equal length.
+        decay: `(batch, length, heads, 1)`, λ ≥ 0: token u multiplies the
+            weights of all keys before it by exp(−λ_u), masked tokens by 1.
+            Signed features must end in a constant one then. Defaults to
+            `None`, which means that nothing is forgotten.
         state: `AttentionState` to resume from; `None` starts anew.
 
     Returns:
         `(batch, length, heads, value_dim)` and the `AttentionState` after the
         last token.
     """
-    _, blocks = _grids(query, key, key_mask, is_causal=True)
+    inputs = [query, key, value]
+    attend_block = _causal_block
+    if decay is not None:
+        inputs.append(_visible_decay(decay, key_mask))
+        attend_block = _fading_block
+    output, _, state = _causal(
+        attend_block, inputs, feature_map, key_mask, state
+    )
+    return output, state
+
+
+def _causal(attend_block, inputs, feature_map, key_mask, state, blocks=None):
+    """`causal` by a function for one block.
+
+    Args:
+        attend_block: `_causal_block` or one with the same contract.
+        inputs: query, key, value and, of blocks that fade, the decay.
+        feature_map, key_mask, state: as in `causal`.
+        blocks: the grid of the blocks; `None` for the usual one.
+
+    Returns:
+        Outputs, the logarithms of their normalisers (absolute and with a
+        gradient only where blocks tell their scale), and the state after.
+    """
+    query, key, value = inputs[:3]
+    if blocks is None:
+        _, blocks = _grids(query, key, key_mask, is_causal=True)
     if state is None:
         state = initial_state(
             _size(key, 0), key.shape[2], feature_map.width, value.shape[3]
         )
-    return _causal(
-        _causal_block, blocks, query, key, value, feature_map, key_mask, state
-    )
-
-
-def _causal(
-    attend_block, blocks, query, key, value, feature_map, key_mask, state
-):
-    """`causal` by a function for one block."""
     tensors, rebuild = _unbind(feature_map)
-    may_underflow = feature_map.positive and attend_block is _causal_block
+    arity, width = len(inputs), value.shape[3] + 1
+    is_plain = attend_block is _causal_block
+    may_underflow = feature_map.positive and attend_block is not _exact_block
     counts = None
     if not feature_map.positive:
         counts = blocks.running_count(state.count)
+        if not is_plain:
+            # Such blocks divide by their own, faded count.
+            counts = tf.minimum(counts, 1.0)
     sees = blocks.sees_a_key(state.count)
 
+    def strict_block(*arguments):
+        results, after = _strict_block(*arguments)
+        return (results[..., :width] if is_plain else results), after
+
     @tf.custom_gradient
-    def attend(query, key, value, maximum, sums, *tensors):
+    def attend(maximum, sums, *differentiable):
+        inputs, tensors = differentiable[:arity], differentiable[arity:]
         bound = rebuild(tensors)
-        inputs = [blocks.pad(x) for x in (query, key, value)]
+        inputs = [blocks.pad(x) for x in inputs]
         initial = [blocks.split_batch(x) for x in (maximum, sums)]
         last = blocks.count - 1
 
@@ -226,28 +267,40 @@ def _causal(
             start = [x[group] for x in initial]
             state = _restart(block == 0, start, state)
             tokens = [blocks.pick(x, *at) for x in inputs]
-            tokens.append(blocks.keep(*at))
-            results, after = attend_block(bound, *tokens, *state)
+            rest = blocks.keep(*at), *state
+            results, after = attend_block(bound, tokens, *rest)
             exact = True
             if may_underflow:
-                exact = _is_exact(results, _optional(blocks.pick, sees, *at))
-                results = tf.cond(
-                    exact,
-                    lambda: results,
-                    lambda: _strict_block(bound, *tokens, *state)[0],
+                sums = results[..., :width]
+                exact = _is_exact(sums, _optional(blocks.pick, sees, *at))
+                # What fades may have been lost to the state too.
+                kept = () if is_plain else after
+
+                def strict():
+                    results, after = strict_block(bound, tokens, *rest)
+                    return results, *after[: len(kept)]
+
+                results, *kept = tf.cond(
+                    exact, lambda: (results, *kept), strict
                 )
-            ratio = _divide(results, _optional(blocks.pick, counts, *at))
+                after = after if is_plain else kept
+            output, _ = _divide(
+                results[..., :width], _optional(blocks.pick, counts, *at)
+            )
+            normalizer = results[..., width - 1 :]
             exact = tf.cast(exact, tf.float32)
-            return (*ratio, *state, exact), after, after
+            return (output, normalizer, *state, exact), after, after
 
         (*ratio, maxima, sums, exact), after, _ = _walk(
             forward, blocks.sizes, [x[0] for x in initial], results=5, kept=2
         )
         output, normalizer = map(blocks.join, ratio)
+        normalizer, scale = normalizer[..., :1], normalizer[..., 1:]
 
-        def gradient(upstream, _, of_sums):
+        def gradient(upstream, of_log, _, of_sums):
             of_after = blocks.split_batch(of_sums)
             ratio = [blocks.pad(x) for x in (upstream, output, normalizer)]
+            of_log = blocks.pad(of_log)
 
             def backward(group, block, carry):
                 at = group, block
@@ -258,6 +311,12 @@ def _causal(
                     *(blocks.pick(x, *at) for x in ratio),
                     _optional(blocks.pick, counts, *at),
                 )
+                if not is_plain:
+                    of_results = _with_log_gradient(
+                        of_results,
+                        blocks.pick(of_log, *at),
+                        blocks.pick(ratio[2], *at),
+                    )
                 (of_sums,) = _restart(
                     block == last, [of_after[group]], carry[:1]
                 )
@@ -266,11 +325,11 @@ def _causal(
                     with tf.GradientTape(watch_accessed_variables=False) as t:
                         t.watch(wanted)
                         results, (_, after) = function(
-                            rebuild(wanted[4:]),
-                            *wanted[:3],
+                            rebuild(wanted[arity + 1 :]),
+                            wanted[:arity],
                             blocks.keep(*at),
                             maxima[index],
-                            wanted[3],
+                            wanted[arity],
                         )
                     return _gradients(
                         t, [results, after], wanted, [of_results, of_sums]
@@ -280,40 +339,314 @@ def _causal(
                     gradients = tf.cond(
                         exact[index] > 0.0,
                         lambda: through(attend_block),
-                        lambda: through(_strict_block),
+                        lambda: through(strict_block),
                     )
                 else:
                     gradients = through(attend_block)
-                of_sums = gradients[3:4]
-                of_tensors = _add(carry[1:], gradients[4:])
-                return gradients[:3], of_sums, [*of_sums, *of_tensors]
+                of_inputs, of_sums = gradients[:arity], gradients[arity]
+                of_tensors = _add(carry[1:], gradients[arity + 1 :])
+                return of_inputs, [of_sums], [of_sums, *of_tensors]
 
             zeros = [tf.zeros_like(x) for x in (of_after[0], *tensors)]
             of_inputs, (of_sums,), (_, *of_tensors) = _walk(
-                backward, blocks.sizes, zeros, results=3, kept=1, reverse=True
+                backward,
+                blocks.sizes,
+                zeros,
+                results=arity,
+                kept=1,
+                reverse=True,
             )
             return (
-                *map(blocks.join, of_inputs),
                 tf.zeros_like(maximum),
                 blocks.join_batch(of_sums),
+                *map(blocks.join, of_inputs),
                 *of_tensors,
             )
 
-        return (output, *map(blocks.join_batch, after)), gradient
+        after = map(blocks.join_batch, after)
+        log_normalizer = normalizer if is_plain else _log(normalizer, scale)
+        return (output, log_normalizer, *after), gradient
 
-    output, maximum, sums = attend(
-        query, key, value, state.maximum, state.sums, *tensors
+    output, log_normalizer, maximum, sums = attend(
+        state.maximum, state.sums, *inputs, *tensors
     )
     count = state.count + _count(key, key_mask)
-    return output, AttentionState(tf.stop_gradient(maximum), sums, count)
+    state = AttentionState(tf.stop_gradient(maximum), sums, count)
+    return output, log_normalizer, state
 
 
-def step(query, key, value, feature_map, state, *, key_mask=None):
+class NearFieldState(NamedTuple):
+    """`AttentionState` of attention whose near field is exact.
+
+    Attributes:
+        maximum, sums, count: of the tokens that have left the window.
+        key, value, decay: `(batch, window, heads, dim)`, the last tokens.
+        keep: `(batch, window)`, 1 where one of them is seen.
+    """
+
+    maximum: tf.Tensor
+    sums: tf.Tensor
+    count: tf.Tensor
+    key: tf.Tensor
+    value: tf.Tensor
+    decay: tf.Tensor
+    keep: tf.Tensor
+
+
+def initial_near_field_state(
+    batch_size,
+    num_heads: int,
+    feature_dim: int,
+    value_dim: int,
+    head_dim: int,
+    window: int,
+) -> NearFieldState:
+    """The state that has seen nothing, with a window of tokens."""
+    return NearFieldState(
+        *initial_state(batch_size, num_heads, feature_dim, value_dim),
+        *(
+            tf.zeros((batch_size, window, num_heads, dim))
+            for dim in (head_dim, value_dim, 1)
+        ),
+        tf.zeros((batch_size, window)),
+    )
+
+
+def near_field(
+    query,
+    key,
+    value,
+    feature_map,
+    kernel,
+    window,
+    *,
+    key_mask=None,
+    decay=None,
+    use_causal_mask=False,
+    state=None,
+):
+    """Exact weights of near keys, features beyond, one normaliser.
+
+    For positive features. Time and memory are those of `causal`, twice if not
+    causal, and O(length · window) more.
+
+    Args:
+        query, key, value, feature_map, key_mask, decay: as in `causal`; a key
+            after the query fades as in `quadratic`.
+        kernel: an `ExactKernel`, for keys less than `window` tokens away.
+        window: number of tokens, the query's own included.
+        use_causal_mask: whether query t sees keys 0 … t only.
+        state: `NearFieldState` of a causal stream to resume.
+
+    Returns:
+        Outputs as in `causal`, and the `NearFieldState` after the last token;
+        `None` where attention is not causal.
+    """
+    tokens = _stream(key, value, decay, key_mask)
+    if state is None:
+        past = _before(tokens, window)
+    else:
+        past = state[3:]
+        state = AttentionState(*state[:3])
+    extended = [tf.concat(x, 1) for x in zip(past, tokens, strict=True)]
+    near = _band(query, extended, kernel, window, use_causal_mask)
+    far, state = _beyond(query, extended, feature_map, window, state)
+    if use_causal_mask:
+        length = _size(query, 1)
+        last = (x[:, length:] for x in extended)
+        return _merge(near, far), NearFieldState(*state, *last)
+    future = _future(query, tokens, feature_map, window)
+    return _merge(near, far, future), None
+
+
+def fading(query, key, value, feature_map, decay, *, key_mask=None):
+    """`bidirectional` with a decay, for positive features.
+
+    Args:
+        query, key, value, feature_map, key_mask: as in `causal`.
+        decay: as in `quadratic`.
+
+    Returns:
+        Outputs as in `bidirectional`.
+    """
+    tokens = _stream(key, value, decay, key_mask)
+    past, _ = _beyond(query, tokens, feature_map, 0, None)
+    return _merge(past, _future(query, tokens, feature_map, 1))
+
+
+def _stream(key, value, decay, key_mask):
+    """Key, value, decay, and 1 where they are seen, for each token."""
+    if decay is None:
+        decay = tf.zeros_like(key[..., :1])
+    if key_mask is None:
+        key_mask = tf.ones(tf.shape(key)[:2], "bool")
+    keep = tf.cast(key_mask, tf.float32)
+    seen = keep[..., tf.newaxis, tf.newaxis] > 0.0
+    key, value, decay = (tf.where(seen, x, 0.0) for x in (key, value, decay))
+    return [key, value, decay, keep]
+
+
+def _before(tokens, count):
+    """Tokens that are not there, before the first."""
+    return [tf.zeros((_size(x, 0), count, *x.shape[2:])) for x in tokens]
+
+
+def _beyond(query, tokens, feature_map, distance, state):
+    """Attention to keys at least `distance` tokens before the query.
+
+    Args:
+        tokens: as from `_stream`, preceded by `distance` earlier ones.
+
+    Returns:
+        Outputs with the logarithms of their normalisers, and the state.
+    """
+    length = _size(query, 1)
+    *delayed, keep = (x[:, :length] for x in tokens)
+    output, log_normalizer, state = _causal(
+        _fading_block, [query, *delayed], feature_map, keep > 0.0, state
+    )
+    if distance:
+        # Keys have faded to where they left the window; this is the rest.
+        log_normalizer -= _moving_sum(tokens[2], distance)
+    return (output, log_normalizer), state
+
+
+def _future(query, tokens, feature_map, distance):
+    """Attention to keys at least `distance` tokens after the query."""
+    key, value, decay, keep = tokens
+    # In reverse order a token is reached by the decay of the one after it.
+    decay = tf.concat([decay[:, 1:], tf.zeros_like(decay[:, :1])], axis=1)
+    tokens = [x[:, ::-1] for x in (key, value, decay, keep)]
+    past = _before(tokens, distance)
+    tokens = [tf.concat(x, 1) for x in zip(past, tokens, strict=True)]
+    part, _ = _beyond(query[:, ::-1], tokens, feature_map, distance, None)
+    return [x[:, ::-1] for x in part]
+
+
+def _band(query, tokens, kernel, window, use_causal_mask):
+    """Attention by the exact kernel to keys less than `window` tokens away.
+
+    Args:
+        tokens: as from `_stream`, preceded by `window` earlier ones.
+
+    Returns:
+        Outputs with the logarithms of their normalisers.
+    """
+    length = _size(query, 1)
+    chunks = _shares(length, window)
+    missing = chunks * window - length
+    sides = 1 if use_causal_mask else 2
+
+    def split(x, after):
+        x = tf.pad(x, [(0, 0), (0, after)] + [(0, 0)] * (x.shape.rank - 2))
+        return tf.reshape(x, (_size(x, 0), -1, window, *x.shape[2:]))
+
+    def around(x):
+        """The chunks before, of and, if seen, after each."""
+        x = split(x, missing + (sides - 1) * window)
+        return tf.concat([x[:, i : i + chunks] for i in range(sides + 1)], 2)
+
+    key, value, decay, keep = tokens
+    elapsed = tf.cumsum(split(decay, missing + (sides - 1) * window), axis=2)
+    ends = elapsed[:, :, -1:]
+    # Relative to the start of the query's chunk.
+    relative = [elapsed[:, :chunks] - ends[:, :chunks]]
+    relative.append(elapsed[:, 1 : chunks + 1])
+    if sides == 2:
+        relative.append(elapsed[:, 2:] + ends[:, 1 : chunks + 1])
+    key = around(tf.transpose(kernel.keys(_tokens(key)), (0, 2, 1, 3, 4)))
+    query = kernel.queries(_tokens(query))
+    query = split(tf.transpose(query, (0, 2, 1, 3, 4)), missing)
+    parts = _recomputed(
+        lambda *x: _near_weights(*x, use_causal_mask),
+        query,
+        key,
+        around(value),
+        tf.concat(relative, 2),
+        around(keep),
+    )
+    parts = (
+        tf.reshape(x, (_size(x, 0), chunks * window, *x.shape[3:]))
+        for x in parts
+    )
+    return [x[:, :length] for x in parts]
+
+
+def _near_weights(query, key, value, elapsed, keep, use_causal_mask):
+    """`_band` within chunks `(batch, chunk, token, heads, …)`."""
+    window = query.shape[2]
+    logits = tf.einsum("bnthcd,bnshcd->bnhcts", query, key)
+    if logits.shape[3] > 1:
+        logits = tf.reduce_logsumexp(logits, axis=3)
+    else:
+        logits = logits[:, :, :, 0]
+    elapsed = tf.transpose(elapsed, (0, 1, 3, 2, 4))
+    of_query = elapsed[:, :, :, window : 2 * window]
+    difference = of_query - tf.linalg.matrix_transpose(elapsed)
+    positions = tf.range(key.shape[2]) - window
+    distance = tf.range(window)[:, tf.newaxis] - positions
+    is_past = distance >= 0
+    logits -= tf.where(is_past, difference, -difference)
+    near = is_past if use_causal_mask else distance > -window
+    near &= distance < window
+    visible = near & (keep > 0.0)[:, :, tf.newaxis, tf.newaxis]
+    logits = tf.where(visible, logits, FLOOR)
+    scale = _row_maximum(logits)
+    weights = tf.where(visible, tf.exp(logits - scale), 0.0)
+    normalizer = tf.reduce_sum(weights, axis=-1, keepdims=True)
+    weights = _safe_ratio(weights, normalizer)
+    output = tf.einsum("bnhts,bnshe->bnthe", weights, value)
+    log_normalizer = _log(normalizer, scale)
+    return output, tf.transpose(log_normalizer, (0, 1, 3, 2, 4))
+
+
+def _moving_sum(x, count):
+    """Sums of the last `count` tokens, where `count` earlier ones lead."""
+    length = _size(x, 1) - count
+    missing = -length % count
+    x = tf.pad(x, [(0, 0), (0, missing), (0, 0), (0, 0)])
+    x = tf.reshape(x, (_size(x, 0), -1, count, *x.shape[2:]))
+    sums = tf.cumsum(x, axis=2)
+    # The rest of the chunk before, without subtracting from a total.
+    rest = tf.cumsum(x, axis=2, reverse=True, exclusive=True)
+    sums = sums[:, 1:] + rest[:, :-1]
+    sums = tf.reshape(sums, (_size(x, 0), length + missing, *x.shape[3:]))
+    return sums[:, :length]
+
+
+def _merge(*parts):
+    """Attention to disjoint keys as one: outputs by their normalisers."""
+    outputs, logarithms = zip(*parts, strict=True)
+    scale = tf.stop_gradient(tf.reduce_max(tf.stack(logarithms), axis=0))
+    shares = [tf.exp(x - scale) for x in logarithms]
+    total = tf.add_n(shares)
+    return tf.add_n(
+        [x * w / total for x, w in zip(outputs, shares, strict=True)]
+    )
+
+
+def _recomputed(function, *tensors):
+    """`function(*tensors)`, of which only the tensors are kept."""
+
+    @tf.custom_gradient
+    def call(*tensors):
+        def gradient(*upstream):
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(tensors)
+                results = function(*tensors)
+            return _gradients(tape, results, tensors, upstream)
+
+        return function(*tensors), gradient
+
+    return call(*tensors)
+
+
+def step(query, key, value, feature_map, state, *, key_mask=None, decay=None):
     """One or more new tokens on a state: prefill, resume and decode.
 
     Args:
-        query, key, value, feature_map, key_mask: as in `causal`; the new
-            tokens only.
+        query, key, value, feature_map, key_mask, decay: as in `causal`; the
+            new tokens only.
         state: `AttentionState` of the tokens before.
 
     Returns:
@@ -323,19 +656,35 @@ def step(query, key, value, feature_map, state, *, key_mask=None):
     """
     if query.shape[1] != 1:
         return causal(
-            query, key, value, feature_map, key_mask=key_mask, state=state
+            query,
+            key,
+            value,
+            feature_map,
+            key_mask=key_mask,
+            decay=decay,
+            state=state,
         )
+    maximum, sums = state.maximum, state.sums
+    if decay is not None:
+        decay = _visible_decay(decay, key_mask)[:, 0]
+        if feature_map.positive:
+            maximum -= decay
+        else:
+            sums *= tf.exp(-decay)[..., tf.newaxis]
     query, key, value = (
         tf.transpose(x, (0, 2, 1, 3)) for x in (query, key, value)
     )
     keep = None
     if key_mask is not None:
         keep = tf.cast(key_mask, "bool")[:, tf.newaxis, :, tf.newaxis]
-    after = _absorb(feature_map, state.maximum, state.sums, key, value, keep)
+    after = _absorb(feature_map, maximum, sums, key, value, keep)
     state = AttentionState(*after, state.count + _count(key[:, 0], key_mask))
     count = None
     if not feature_map.positive:
         count = state.count[:, tf.newaxis, tf.newaxis, tf.newaxis]
+        if decay is not None:
+            # As in `_chunked_fading`.
+            count = after[1][..., -1:, -1:] / feature_map(query)[..., -1:]
     output, _ = _divide(_read(feature_map, query, *after), count)
     return tf.transpose(output, (0, 2, 1, 3)), state
 
@@ -349,6 +698,9 @@ def quadratic(
     key_mask=None,
     attention_mask=None,
     use_causal_mask=False,
+    decay=None,
+    kernel=None,
+    window=0,
 ):
     """The same estimate with the attention matrix formed; takes any mask.
 
@@ -359,6 +711,9 @@ def quadratic(
         attention_mask: boolean, broadcast to
             `(batch, heads, query_length, key_length)`; or `None`.
         use_causal_mask: whether query t sees keys 0 … t only.
+        decay: `(batch, key_length, heads, 1)` as in `causal`; a key after the
+            query fades by the decay of the tokens from there to itself.
+        kernel, window: as in `near_field`, or `None`.
 
     Returns:
         Outputs as in `bidirectional`, and the attention weights
@@ -379,26 +734,54 @@ def quadratic(
         visible = tf.logical_and(visible, seen)
         keep = tf.linalg.matrix_transpose(seen)
         value = tf.where(keep, value, 0.0)
-    log_query, log_key = (
-        feature_map(query),
-        _key_features(feature_map, key, keep),
-    )
+    log_fading, near = 0.0, None
+    if decay is not None:
+        decay = _tokens(_visible_decay(decay, key_mask))
+        log_fading = _log_fading(decay, _size(query, 2))
+    if kernel is not None:
+        near = _near(_size(query, 2), _size(key, 2), window)
+        kept_key = key if keep is None else tf.where(keep, key, 0.0)
+        exact = _exact_logits(kernel, query, kept_key) + log_fading
+        # The kernel leaves out the same factor of each query.
+        log_query = _query_features(feature_map, query)
+    else:
+        log_query = feature_map(query)
+    log_key = _key_features(feature_map, key, keep)
     query, key = log_query, log_key
     if feature_map.positive:
         maximum = _maximum(log_key)
         query = _exp_query(log_query, maximum)
         key = _exp_key(log_key, maximum)
-    scores = tf.where(visible, tf.matmul(query, key, transpose_b=True), 0.0)
+    scores = tf.matmul(query, key, transpose_b=True)
+    if decay is not None:
+        scores *= tf.exp(log_fading)
+    if near is not None:
+        # One scale for both, the larger of theirs.
+        scale = _row_maximum(log_query + maximum[..., tf.newaxis, :])
+        exact = tf.where(near & visible, exact, FLOOR)
+        top = tf.maximum(scale, _row_maximum(exact))
+        scores = tf.where(
+            near, tf.exp(exact - top), scores * tf.exp(scale - top)
+        )
+    scores = tf.where(visible, scores, 0.0)
     total = tf.reduce_sum(scores, axis=-1, keepdims=True)
     if feature_map.positive:
         sees = tf.reduce_any(visible, axis=-1, keepdims=True)
+
+        def exact_weights():
+            logits = _pairwise_logits(log_query, log_key) + log_fading
+            if near is not None:
+                logits = tf.where(near, exact, logits)
+            return _exact_weights(logits, visible, scores)
+
         weights = tf.cond(
             _is_exact(total, sees),
             lambda: _safe_ratio(scores, total),
-            lambda: _exact_weights(log_query, log_key, visible, scores),
+            exact_weights,
         )
     else:
-        count = tf.reduce_sum(tf.cast(visible, "float32"), -1, keepdims=True)
+        shares = tf.where(visible, tf.exp(log_fading), 0.0)
+        count = tf.reduce_sum(shares, -1, keepdims=True)
         weights = scores / _guarded(total, count)
     output = tf.matmul(weights, value)
     return tf.transpose(output, (0, 2, 1, 3)), weights
@@ -654,8 +1037,9 @@ def _read(feature_map, query, maximum, sums):
     return tf.matmul(features, sums, transpose_b=True)
 
 
-def _causal_block(feature_map, query, key, value, keep, maximum, sums):
+def _causal_block(feature_map, inputs, keep, maximum, sums):
     """Numerators and normalisers of a block, and the carry after it."""
+    query, key, value = inputs
     query = _query_features(feature_map, query)
     key = _key_features(feature_map, key, keep)
     if feature_map.positive:
@@ -667,33 +1051,69 @@ def _causal_block(feature_map, query, key, value, keep, maximum, sums):
     return results, (maximum, sums)
 
 
-def _strict_block(feature_map, query, key, value, keep, maximum, sums):
-    """`_causal_block` for log-features of any range, a few tokens at a time.
+def _fading_block(feature_map, inputs, keep, maximum, sums):
+    """`_causal_block` with a decay, and with the scale of each row.
 
-    Gives outputs, with normalisers of one.
+    All exponents are differences of elapsed decay, at most zero and taken
+    within a chunk or a block, so that no running sum grows with the length.
     """
-    query, key, value = map(_tokens, (query, key, value))
+    query, key, value, decay = inputs
+    query = _query_features(feature_map, query)
+    key = _key_features(feature_map, key, keep)
+    scale = tf.zeros_like(query[..., :1])
+    if feature_map.positive:
+        top = _maximum(key, maximum)
+        scale = _row_maximum(query + top[..., tf.newaxis, :])
+        query, log_key = _exp_query(query, top), key
+        key = _exp_key(key, top)
+        sums *= tf.exp(maximum - top)[..., tf.newaxis, :]
+    value = _with_ones(value, keep)
+    results, sums, rest, total = _chunked_fading(
+        query, key, value, decay, sums, not feature_map.positive
+    )
+    if feature_map.positive:
+        # The state's scale fades with it, lest an old key hide later ones.
+        maximum = _maximum(log_key - rest, maximum - total[..., 0])
+        excess = top - maximum
+        sums *= tf.exp(tf.minimum(excess, _MOST_EXCESS))[..., tf.newaxis, :]
+        # Where keys below the block's scale were lost, no row counts as exact.
+        is_kept = tf.reduce_all(excess < _MOST_EXCESS)
+        results *= tf.cast(is_kept, tf.float32)
+    return tf.concat([results, scale], axis=-1), (maximum, sums)
+
+
+def _strict_block(feature_map, inputs, keep, maximum, sums):
+    """A block of log-features of any range, a few tokens at a time.
+
+    Gives outputs, normalisers of one, and the logarithms of what they were.
+    """
+    inputs = [_tokens(x) for x in inputs]
     mask = None if keep is None else keep[:, 0, :, 0]
-    batch = _size(key, 0)
-    blocks = _Grid(key, mask, _least(batch, 1), _STRICT_SIZE, 1)
+    batch = _size(inputs[1], 0)
+    blocks = _Grid(inputs[1], mask, _least(batch, 1), _STRICT_SIZE, 1)
     # No count is needed: a row that sees nothing has nothing in its sums.
     state = AttentionState(maximum, sums, tf.zeros((batch,)))
-    output, after = _causal(
-        _exact_block, blocks, query, key, value, feature_map, mask, state
+    output, log_normalizer, after = _causal(
+        _exact_block, inputs, feature_map, mask, state, blocks
     )
-    return _with_ones(_tokens(output), None), (after.maximum, after.sums)
+    results = [_with_ones(_tokens(output), None), _tokens(log_normalizer)]
+    return tf.concat(results, axis=-1), (after.maximum, after.sums)
 
 
-def _exact_block(feature_map, query, key, value, keep, maximum, sums):
-    """`_causal_block` with logits formed pair by pair, for few tokens.
+def _exact_block(feature_map, inputs, keep, maximum, sums):
+    """A block with logits formed pair by pair, for few tokens.
 
     Each row is scaled by the largest exponent that it sees, so that its
     normaliser is at least one.
     """
+    query, key, value, *decay = inputs
     query = _query_features(feature_map, query)
     key = _key_features(feature_map, key, keep)
     value = _with_ones(value, keep)
+    elapsed = tf.cumsum(decay[0] if decay else 0.0 * query[..., :1], axis=2)
+    query -= elapsed
     past = query + maximum[:, :, tf.newaxis]
+    key += elapsed
     pairs = query[:, :, :, tf.newaxis] + key[:, :, tf.newaxis]
     length = _size(key, 2)
     visible = tf.linalg.band_part(tf.ones((length, length), "bool"), -1, 0)
@@ -704,10 +1124,12 @@ def _exact_block(feature_map, query, key, value, keep, maximum, sums):
     weights = tf.where(visible, weights, 0.0)
     results = tf.matmul(tf.exp(past - scale), sums, transpose_b=True)
     results += tf.matmul(weights, value)
-    after = _maximum(key, maximum)
-    sums *= tf.exp(maximum - after)[..., tf.newaxis, :]
+    total = elapsed[:, :, -1]
+    key -= total[:, :, tf.newaxis]
+    after = _maximum(key, maximum - total)
+    sums *= tf.exp(maximum - total - after)[..., tf.newaxis, :]
     sums += tf.matmul(value, _exp_key(key, after), transpose_a=True)
-    return results, (after, sums)
+    return tf.concat([results, scale], axis=-1), (after, sums)
 
 
 def _chunked(query, key, value, past):
@@ -730,10 +1152,113 @@ def _chunked(query, key, value, past):
     return tf.reshape(results, shape), past + tf.reduce_sum(sums, axis=2)
 
 
+def _chunked_fading(query, key, value, decay, past, is_signed):
+    """`_chunked` with a decay.
+
+    Returns:
+        Sums, for signed features divided by what is left of the count, the
+        sums after the last token, and the decay that each token and `past`
+        have still to go through.
+    """
+    batch, length = _size(key, 0), _size(key, 2)
+    chunk = _chunk_of(length, CHUNK_SIZE)
+
+    def split(x):
+        return tf.reshape(x, (batch, x.shape[1], -1, chunk, x.shape[3]))
+
+    shape = tf.shape(value)
+    query, key, value, decay = map(split, (query, key, value, decay))
+    elapsed = tf.cumsum(decay, axis=3)
+    of_chunks = elapsed[..., -1, :]
+    rest = of_chunks[..., tf.newaxis, :] - elapsed
+    sums = tf.matmul(value * tf.exp(-rest), key, transpose_a=True)
+    # The state at the start of each chunk, and after the last one.
+    ends = tf.pad(tf.cumsum(of_chunks, axis=2), [(0, 0)] * 2 + [(1, 0), (0, 0)])
+    states = tf.concat([past[:, :, tf.newaxis], sums], axis=2)
+    sizes = tf.shape(states)
+    flat = (batch, past.shape[1], -1, past.shape[2] * past.shape[3])
+    states = tf.matmul(_fading(ends), tf.reshape(states, flat))
+    states = tf.reshape(states, sizes)
+    before, after = states[:, :, :-1], states[:, :, -1]
+    fading, kept = _fading(elapsed), tf.exp(-elapsed)
+    scores = tf.matmul(query, key, transpose_b=True) * fading
+    results = kept * tf.matmul(query, before, transpose_b=True)
+    results += tf.matmul(scores, value)
+    if is_signed:
+        # The sum of the constant feature counts the keys.
+        count = kept * before[..., -1:, -1:] + tf.matmul(fading, key[..., -1:])
+        count /= query[..., -1:]
+        results /= tf.where(count > 0.0, count, 1.0)
+    total = ends[:, :, -1:]
+    rest += (total - ends[:, :, 1:])[..., tf.newaxis, :]
+    rest = tf.reshape(rest, (batch, rest.shape[1], length, 1))
+    return tf.reshape(results, shape), after, rest, total
+
+
+def _fading(elapsed):
+    """What the decay leaves of each token s for t ≥ s: `(…, t, s)`."""
+    decay = elapsed - tf.linalg.matrix_transpose(elapsed)
+    length = _size(elapsed, -2)
+    visible = tf.linalg.band_part(tf.ones((length, length), "bool"), -1, 0)
+    return tf.where(visible, tf.exp(-tf.where(visible, decay, 0.0)), 0.0)
+
+
+def _near(queries, keys, window):
+    """Which of `(queries, keys)` are less than `window` tokens apart."""
+    distance = tf.range(queries)[:, tf.newaxis] - tf.range(keys)
+    return tf.abs(distance) < window
+
+
+def _exact_logits(kernel, query, key):
+    """Logarithms of an `ExactKernel`, `(batch, heads, t, s)`."""
+    logits = tf.einsum(
+        "bhtcd,bhscd->bhcts", kernel.queries(query), kernel.keys(key)
+    )
+    return tf.reduce_logsumexp(logits, axis=2)
+
+
+def _log_fading(decay, query_length):
+    """`(batch, heads, t, s)`: minus the decay between query t and key s."""
+    # One running sum here, so in float64.
+    elapsed = tf.cumsum(tf.cast(decay, tf.float64), axis=2)
+    elapsed = tf.pad(elapsed, [(0, 0), (0, 0), (1, 0), (0, 0)])
+    keys, queries = tf.range(_size(decay, 2)), tf.range(query_length)
+    last = tf.minimum(queries + 1, _size(decay, 2))
+    difference = tf.gather(elapsed, last, axis=2)
+    difference -= tf.linalg.matrix_transpose(elapsed[:, :, 1:])
+    is_past = queries[:, tf.newaxis] >= keys
+    difference = tf.where(is_past, -difference, difference)
+    return tf.cast(difference, tf.float32)
+
+
+def _visible_decay(decay, key_mask):
+    """The decay of tokens that are seen; a padded one may hold anything."""
+    if key_mask is None:
+        return decay
+    keep = tf.cast(key_mask, "bool")[:, :, tf.newaxis, tf.newaxis]
+    return tf.where(keep, decay, 0.0)
+
+
+def _log(normalizer, scale):
+    """Logarithm of a normaliser that was divided by exp(scale)."""
+    visible = normalizer > 0.0
+    logarithm = tf.math.log(tf.where(visible, normalizer, 1.0)) + scale
+    return tf.where(visible, logarithm, FLOOR)
+
+
+def _with_log_gradient(of_sums, of_log, normalizer):
+    """Gradient to sums and scale, the logarithm's part added."""
+    visible = normalizer > 0.0
+    of_log = tf.where(visible, of_log, 0.0)
+    of_normalizer = of_log / tf.where(visible, normalizer, 1.0)
+    return tf.concat(
+        [of_sums[..., :-1], of_sums[..., -1:] + of_normalizer, of_log], axis=-1
+    )
+
+
 def _query_features(feature_map, query):
     """Features up to a factor of each query, which the ratio cancels."""
-    relative = getattr(feature_map, "relative", feature_map)
-    return relative(query)
+    return getattr(feature_map, "relative", feature_map)(query)
 
 
 def _key_features(feature_map, key, keep):
@@ -823,9 +1348,9 @@ def _is_exact(sums, sees):
     return tf.reduce_all(exact)
 
 
-def _exact_weights(query, key, visible, scores):
-    """Attention weights from logits formed pair by pair, at any range."""
-    logits = tf.where(visible, _pairwise_logits(query, key), FLOOR)
+def _exact_weights(logits, visible, scores):
+    """Attention weights of the shape of scores, from logits of any range."""
+    logits = tf.where(visible, logits, FLOOR)
     logits -= _row_maximum(logits)
     weights = tf.where(visible, tf.exp(logits), 0.0)
     weights = _safe_ratio(weights, tf.reduce_sum(weights, -1, keepdims=True))

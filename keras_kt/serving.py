@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from keras_kt import linear_attention
 
+_STATES = linear_attention.AttentionState, linear_attention.NearFieldState
 _WARMUP = "assets.extra/tf_serving_warmup_requests"
 # TensorFlow Serving reads no more.
 _MOST_WARMUP = 1000
@@ -54,7 +55,8 @@ def export_saved_model(
     * `decode`: the same for one token, `(batch, 1, …)`.
 
     The i-th `AttentionState` travels as `state_i_maximum`, `state_i_sums` and
-    `state_i_count`, float32, the same names in and out. Tokens have the name,
+    `state_i_count`, float32, the same names in and out; a `NearFieldState` has
+    its other fields too. Tokens have the name,
     shape and dtype of the first input of `serve`, whose second axis is the
     length.
 
@@ -296,7 +298,7 @@ def _state_names(state):
     def parts(state):
         if tf.is_tensor(state):
             return [("",)]
-        if isinstance(state, linear_attention.AttentionState):
+        if isinstance(state, _STATES):
             return [tuple(f"_{field}" for field in state._fields)]
         if isinstance(state, dict):
             state = [state[key] for key in sorted(state)]

@@ -69,6 +69,8 @@ class SpectralPrior(keras.layers.Layer):
     has_mean = False
     # E exp(ω·z) exists for every z, which positive features need.
     has_moment_generating_function = True
+    # Gaussian, or a mixture of such: the kernel has a closed form.
+    is_gaussian = False
 
     def __init__(self, *, per_head=True, kl_weight=0.0, seed=None, **kwargs):
         # Spectral parameters stay float32 under any policy: an error in ω·x is
@@ -232,6 +234,8 @@ class _GaussianPrior(SpectralPrior):
     frequencies and its probability is a weight, so the kernel and the gradient
     to the probabilities are exact (no discrete sampling).
     """
+
+    is_gaussian = True
 
     def __init__(
         self,

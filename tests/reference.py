@@ -129,7 +129,13 @@ def attention(query, key, value, visible, limit=0.0):
 
     Normalisers below `limit` times the number of keys are kept there.
     """
-    kernel = np.einsum("bhtf,bhsf->bhts", query, key) * visible
+    kernel = np.einsum("bhtf,bhsf->bhts", query, key)
+    return attention_of(kernel, value, visible, limit)
+
+
+def attention_of(kernel, value, visible, limit=0.0):
+    """`attention` of a kernel matrix; `visible` may hold shares of keys."""
+    kernel = kernel * visible
     total = kernel.sum(-1, keepdims=True)
     least = limit * visible.sum(-1, keepdims=True)
     guarded = np.where(total.real < 0, -least, least)
@@ -137,6 +143,45 @@ def attention(query, key, value, visible, limit=0.0):
     sees = visible.any(-1, keepdims=True)
     weights = kernel / np.where(sees, total, 1.0)
     return np.einsum("bhts,bhse->bhte", weights, value), weights
+
+
+def gaussian_kernel(x, y, frequencies, prefactor):
+    """E φ(x)·φ(y) of positive features of a Gaussian mixture."""
+    _, means, probabilities, factors = frequencies
+    total = 0.0
+    for c in range(probabilities.shape[1]):
+        logs = []
+        for points in (x, y):
+            mapped = np.einsum("bhtd,hde->bhte", points, factors[:, c])
+            linear = np.einsum("bhtd,hd->bht", points, means[:, c])
+            square = {
+                "softmax": 0.5 * (mapped**2).sum(-1) + linear,
+                "gaussian": (mapped**2).sum(-1),
+                "isotropic": (points**2).sum(-1),
+            }
+            logs.append((mapped, linear - square[prefactor]))
+        (u, log_x), (v, log_y) = logs
+        both = u[..., :, None, :] + v[..., None, :, :]
+        exponent = 0.5 * (both**2).sum(-1)
+        exponent = exponent + log_x[..., :, None] + log_y[..., None, :]
+        total = total + probabilities[:, c, None, None] * np.exp(exponent)
+    return total
+
+
+def fading(decay, keep):
+    """exp(−Σ λ_u) over the tokens between, `(batch, heads, t, s)`.
+
+    `decay` is `(batch, heads, length)` and `keep` `(batch, length)`. Sums are
+    made pair by pair.
+    """
+    length = decay.shape[-1]
+    decay = decay * keep[:, None]
+    pairs = np.zeros((*decay.shape, length), decay.dtype)
+    for t in range(length):
+        for s in range(length):
+            between = slice(min(s, t) + 1, max(s, t) + 1)
+            pairs[..., t, s] = decay[..., between].sum(-1)
+    return np.exp(-pairs)
 
 
 def log_attention(log_query, log_key, value, visible):

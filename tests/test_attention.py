@@ -123,6 +123,8 @@ def test_every_argument_survives_the_config():
         "qk_norm": "l2",
         "redraw": "step",
         "implementation": "quadratic",
+        "decay": "gated",
+        "near_field": 3,
         "name": "mine",
         "trainable": False,
     }
@@ -135,7 +137,7 @@ def test_every_argument_survives_the_config():
         "kernel_constraint": "max_norm",
         "bias_constraint": "non_neg",
         "spectral_prior": "mixture",
-        "feature_map": "rks",
+        "feature_map": keras_kt.PositiveFeatures("gaussian"),
     }
     layer = keras_kt.KernelizedAttention(**arguments, **objects)
     config = layer.get_config()
