@@ -58,6 +58,7 @@ LENGTHS = (1024, 8192, 32768, 131072)
 MIB = 2**20
 
 
+@keras.saving.register_keras_serializable(package="tpu_compile")
 def laplace(parameters):
     scale = tf.nn.softplus(parameters["scale"])
     return tfp.distributions.Independent(
@@ -94,9 +95,13 @@ def main():
         f"{HEADS} heads of {KEY_DIM}, blocks of {args.block_rows} rows"
     )
     programs = length_programs if args.lengths is not None else all_programs
-    rows = []
+    rows = recorded(args, device)
     for labels, make in programs(args):
+        if any(labels.items() <= row.items() for row in rows):
+            continue
         rows.append({**labels, **compile_program(make, device)})
+        if args.lengths is not None:
+            rows[-1]["counted_flops"] = count_flops(labels, args)
         print(describe(rows[-1]), flush=True)
         save(rows, args, device)
         keras.backend.clear_session()
@@ -104,7 +109,8 @@ def main():
     refused = [row for row in rows if "refused" in row]
     print(f"{len(rows) - len(refused)} compiled, {len(refused)} refused")
     if args.lengths is not None:
-        print_lengths(rows)
+        print_lengths("MiB", rows, temporary_mib)
+        print_lengths("GFLOP", rows, lambda row: row["counted_flops"] / 1e9)
     print(f"Results: {args.output}")
     # A softmax matrix may be too large; of ours, all must compile.
     return any(row["attention"] != "softmax" for row in refused)
@@ -263,6 +269,23 @@ def compile_program(make, device):
     }
 
 
+def count_flops(labels, args):
+    """Operations of a program, from those of one block.
+
+    A compiled program's own count takes the body of a loop once. What lies
+    outside blocks grows with the length too, but for the draw and Adam.
+    """
+    length = labels["length"]
+    if labels["attention"] != "softmax":
+        most = min(args.block_rows // HEADS, linear_attention._MAX_BLOCK)
+        length = min(length, most)
+    blocks = labels["length"] / length
+    proto = lower(*maker({**labels, "length": length}, args)())
+    module = _hlo.HloModule.from_serialized_hlo_module_proto(proto)
+    client = jax.devices("cpu")[0].client
+    return blocks * _jax.hlo_module_cost_analysis(client, module)["flops"]
+
+
 def lower(function, specs):
     """A serialised HLO module, by TensorFlow's XLA bridge."""
     function = tf.function(function, jit_compile=True, autograph=False)
@@ -308,35 +331,59 @@ def describe(row):
     )
 
 
-def print_lengths(rows):
-    """A Markdown table of temporary memory."""
+def temporary_mib(row):
+    return None if "refused" in row else row["temporary_bytes"] / MIB
+
+
+def print_lengths(unit, rows, value):
+    """A Markdown table of a value over lengths; `None` was refused."""
     lengths = sorted({row["length"] for row in rows})
     table = {}
     for row in rows:
         key = row["attention"], row["form"], row["policy"]
-        cell = "refused"
-        if "refused" not in row:
-            cell = f"{row['temporary_bytes'] / MIB:,.0f}"
+        number = value(row)
+        cell = "refused" if number is None else f"{number:,.0f}"
         table.setdefault(key, {})[row["length"]] = cell
-    print("\nMiB | " + " | ".join(f"{n:,}" for n in lengths) + " |")
+    print(f"\n| {unit} | " + " | ".join(f"{n:,}" for n in lengths) + " |")
+    print("|" + " --- |" * (len(lengths) + 1))
     for key, cells in sorted(table.items()):
         print(f"| {', '.join(key)} | " + " | ".join(cells.values()) + " |")
 
 
+def recorded(args, device):
+    """What an interrupted run of the same settings has written."""
+    saved = read(args).get(part(args), {})
+    same = {key: saved.get(key) for key in settings(args, device)}
+    return saved["rows"] if same == settings(args, device) else []
+
+
 def save(rows, args, device):
     """Keeps what the other mode has written."""
-    part = "programs" if args.lengths is None else "lengths"
-    record = {}
-    if args.output.exists():
-        record = json.loads(args.output.read_text())
-    record[part] = {
-        "arguments": {k: v for k, v in vars(args).items() if k != "output"},
-        "device": device.device_kind,
-        "versions": {m.__name__: m.__version__ for m in (jax, tf, keras)},
-        "rows": rows,
+    record = {
+        **read(args),
+        part(args): {**settings(args, device), "rows": rows},
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=1, default=list) + "\n")
+    args.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read(args):
+    return json.loads(args.output.read_text()) if args.output.exists() else {}
+
+
+def part(args):
+    return "programs" if args.lengths is None else "lengths"
+
+
+def settings(args, device):
+    """What all rows of a record must share."""
+    return {
+        "batch": args.batch,
+        "block_rows": args.block_rows,
+        "topology": args.topology,
+        "device": device.device_kind,
+        "versions": {m.__name__: m.__version__ for m in (jax, tf, keras)},
+    }
 
 
 if __name__ == "__main__":

@@ -73,9 +73,6 @@ def _logical_cpus(count):
 
 
 def _tpu_strategy(tpu):
-    # Float32 products on a TPU are bfloat16 passes unless this is off. It holds
-    # for all of the program: TensorFlow has no such option of one product.
-    tf.config.experimental.enable_tensor_float_32_execution(False)
     try:
         _check_address(tpu)
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=tpu)
@@ -583,6 +580,7 @@ def run(
     loss=cross_entropy,
     score=accuracy,
     score_name="accuracy",
+    more=None,
 ):
     """Trains and tests one model, and writes what came of it.
 
@@ -596,6 +594,8 @@ def run(
         score: function of `(y, outputs)` to a score for each example, whose
             mean is reported.
         score_name: its name.
+        more: function of the trained model to a dictionary that the results
+            gain. Defaults to `None`, which means nothing.
 
     Returns:
         The trained model, and the results as a dictionary.
@@ -648,6 +648,8 @@ def run(
         f"{results['test']:.4f}{spread}; {results['milliseconds_per_step']:.0f}"
         f" ms a step, {results['seconds'] / 60:.1f} minutes"
     )
+    if more:
+        results.update(more(model))
     if is_chief(strategy):
         save_results(output_path(args, task), args, task=task, **results)
     return model, results

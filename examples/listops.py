@@ -30,6 +30,7 @@ PRESETS = {
         batch_size=32,
         steps=1500,
         learning_rate=2e-3,
+        dropout=0.0,
         examples=48_000,
     ),
     "paper": common.Preset(

@@ -42,6 +42,7 @@ PRESETS = {
         batch_size=32,
         steps=2000,
         learning_rate=2e-3,
+        dropout=0.0,
     ),
     "paper": common.Preset(
         length=4000,

@@ -437,13 +437,13 @@ class _Grid:
 
     def __init__(self, x, mask, per_group, limit, multiple):
         self.batch, self.length = _size(x, 0), _size(x, 1)
-        self.groups = _least(-(-self.batch // per_group), 1)
-        self.group = -(-self.batch // self.groups)
-        self.count = _least(-(-self.length // limit), 1)
+        self.groups = _least(_shares(self.batch, per_group), 1)
+        self.group = _shares(self.batch, self.groups)
+        self.count = _least(_shares(self.length, limit), 1)
         self.sizes = self.groups, self.count
-        size = _least(-(-self.length // self.count), 1)
+        size = _least(_shares(self.length, self.count), 1)
         self.multiple = _chunk_of(size, multiple)
-        self.size = -(-size // self.multiple) * self.multiple
+        self.size = _shares(size, self.multiple) * self.multiple
         self.padding = [
             self.groups * self.group - self.batch,
             self.count * self.size - self.length,
@@ -519,12 +519,19 @@ class _Grid:
         if self.mask is None:
             return None
         # By the first visible key: no running sum over the length.
-        first = tf.argmax(self.mask, axis=1, output_type=tf.int32)
+        seen = tf.cast(self.mask, tf.int32)
+        first = tf.argmax(seen, axis=1, output_type=tf.int32)
         length = self.count * self.size
         sees = tf.range(length) >= first[:, tf.newaxis]
         sees &= tf.reduce_any(self.mask, axis=1, keepdims=True)
         past = tf.reshape(self.split_batch(past), (-1, 1))
         return sees | (past > 0)
+
+
+def _shares(total, size):
+    """How many of a size make up a total, the last one smaller."""
+    # Of positive numbers: ONNX rounds quotients of negative ones towards zero.
+    return (total + size - 1) // size
 
 
 def _tokens(x):

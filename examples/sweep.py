@@ -1,0 +1,273 @@
+"""Runs the experiments, attention × task × seed, and makes their tables.
+
+Each run is one of the other scripts in a process of its own, with a log, a
+checkpoint and one JSON file. A sweep that was stopped goes on: what has a JSON
+file is not run again, what has a checkpoint is resumed.
+
+    python examples/sweep.py --data-dir DATA                # everything
+    python examples/sweep.py --data-dir DATA --tasks listops --attention \\
+        softmax GMM-PRF --seeds 0 1 2 --jobs 2
+    python examples/sweep.py --report                       # tables only
+
+Flags after `--` go to every run: `-- --steps 20` for a trial.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+HERE = Path(__file__).parent
+# The script of a task, its flags, and what it must beat (see the README).
+TASKS = {
+    "listops": ("listops.py", (), "outermost operator 0.37"),
+    "text": ("text_classification.py", (), "byte counts 0.644"),
+    "image": (
+        "image_classification.py",
+        ("--task", "cifar10"),
+        "linear on pixels 0.289",
+    ),
+    "dna": ("dna.py", (), "4-mers 0.945"),
+    "mnist5k": ("image_classification.py", ("--task", "mnist5k"), ""),
+    "pathfinder": (
+        "image_classification.py",
+        ("--task", "pathfinder"),
+        "chance 0.5",
+    ),
+    "retrieval": ("document_retrieval.py", (), "TF-IDF cosine 0.83"),
+    "sparsity": ("synthetic_sparsity.py", (), ""),
+    "language": ("language_model.py", (), "order-4 model 2.22"),
+}
+SYSTEMS = (
+    "softmax",
+    "GMM-RKS",
+    "GMM-PRF",
+    "FastFood-RKS",
+    "FastFood-PRF",
+    "Generator-RKS",
+    "Generator-PRF",
+    "Performer",
+    "RBF-RKS",
+    "RBF-PRF",
+)
+
+
+def main():
+    args = parse_args()
+    if not args.report:
+        jobs = [
+            (task, attention, seed)
+            for task in args.tasks
+            for seed in args.seeds
+            for attention in args.attention
+        ]
+        failed = run_all(jobs, args)
+        if failed:
+            print(f"{len(failed)} runs failed: {', '.join(failed)}")
+    records = read_records(args.results)
+    if not records:
+        sys.exit(f"No results in {args.results}: run without --report first.")
+    write_table(records, args.results / "experiments.md")
+    draw_curves(records, args.results / "experiments.png")
+    return bool(not args.report and failed)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--attention", nargs="+", default=list(SYSTEMS))
+    add("--seeds", nargs="+", type=int, default=[0])
+    add("--jobs", type=int, default=1, help="runs at a time")
+    add("--data-dir", type=Path, default=".", help="a folder")
+    add("--results", type=Path, default="results/experiments", help="a folder")
+    add("--work", type=Path, default="runs", help="for logs and checkpoints")
+    add("--report", action="store_true", help="tables and plot only")
+    add("flags", nargs="*", help="after `--`: flags of every run")
+    return parser.parse_args()
+
+
+def run_all(jobs, args):
+    """Runs what has no result yet; returns the names of failed runs."""
+    waiting = [job for job in jobs if not result_path(job, args).exists()]
+    print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done before")
+    failed = []
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        futures = {pool.submit(run, job, args): job for job in waiting}
+        finished = concurrent.futures.as_completed(futures)
+        for number, future in enumerate(finished, 1):
+            seconds, code, last = future.result()
+            label = name(futures[future])
+            if code:
+                failed.append(label)
+                last = f"FAILED, see {args.work / label}.log: {last}"
+            print(
+                f"[{number}/{len(waiting)}, {seconds / 60:.1f} minutes] {last}",
+                flush=True,
+            )
+    return failed
+
+
+def run(job, args):
+    """Seconds, exit code and last words of one run."""
+    task, attention, seed = job
+    script, flags, _ = TASKS[task]
+    label = name(job)
+    args.work.mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable,
+        str(HERE / script),
+        *flags,
+        *("--attention", attention, "--seed", str(seed)),
+        *("--data-dir", str(args.data_dir)),
+        *("--output", str(result_path(job, args))),
+        *("--checkpoints", str(args.work / label)),
+        *args.flags,
+    ]
+    environment = dict(os.environ)
+    if args.jobs > 1:
+        # Else every run would start a thread for each core.
+        threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
+        environment["TF_NUM_INTRAOP_THREADS"] = threads
+        environment["TF_NUM_INTEROP_THREADS"] = threads
+    start = time.perf_counter()
+    log = args.work / f"{label}.log"
+    with log.open("a") as file:
+        code = subprocess.run(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT
+        ).returncode
+    lines = [x for x in log.read_text().splitlines() if ": test " in x]
+    lines = lines or log.read_text().splitlines() or [""]
+    return time.perf_counter() - start, code, lines[-1]
+
+
+def name(job):
+    task, attention, seed = job
+    return f"{task}-{attention.replace(':', '-')}-{seed}"
+
+
+def result_path(job, args):
+    return args.results / f"{name(job)}.json"
+
+
+def read_records(folder):
+    """Records by task, then attention: lists over seeds."""
+    records = defaultdict(lambda: defaultdict(list))
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        task = next(
+            (t for t in TASKS if path.stem.startswith(f"{t}-")), path.stem
+        )
+        records[task][record["arguments"]["attention"]].append(record)
+    return records
+
+
+def write_table(records, path):
+    """A Markdown table a task, best first."""
+    lines = ["# Experiments", "", "`python examples/sweep.py`", ""]
+    for task, systems in records.items():
+        first = next(iter(systems.values()))[0]
+        higher = not first["score"].startswith("bits")
+        floor = TASKS.get(task, ("", (), ""))[2]
+        lines += [
+            f"## {first['task']}",
+            "",
+            f"To beat: {floor}." if floor else "",
+            "",
+            f"| attention | test {first['score']} | fresh draws | validation "
+            "| ms a step | minutes | peak MiB | seeds |",
+            "|" + " --- |" * 8,
+        ]
+        rows = sorted(
+            (summary(attention, runs) for attention, runs in systems.items()),
+            key=lambda row: row[0],
+            reverse=higher,
+        )
+        lines += [text for _, text in rows] + [""]
+    path.write_text("\n".join(lines) + "\n")
+    print(path.read_text())
+
+
+def summary(attention, runs):
+    def mean(values):
+        values = list(values)
+        return sum(values) / len(values)
+
+    test = mean(run["test"] for run in runs)
+    draws = [draw for run in runs for draw in run["fresh_draws"]]
+    spread = "–"
+    if draws:
+        center = mean(draws)
+        deviation = mean((draw - center) ** 2 for draw in draws) ** 0.5
+        spread = f"{center:.4f} ± {deviation:.4f}"
+    tests = (
+        ""
+        if len(runs) == 1
+        else " (" + ", ".join(f"{run['test']:.4f}" for run in runs) + ")"
+    )
+    return test, (
+        f"| {attention} | {test:.4f}{tests} | {spread} "
+        f"| {mean(run['curve'][-1]['validation'] for run in runs):.4f} "
+        f"| {mean(run['milliseconds_per_step'] for run in runs):.0f} "
+        f"| {mean(run['seconds'] for run in runs) / 60:.1f} "
+        f"| {mean(run['peak_memory_mib'] for run in runs):.0f} "
+        f"| {len(runs)} |"
+    )
+
+
+def draw_curves(records, path):
+    """Validation against step and against seconds, a row of panels a task."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("No picture: it needs `pip install keras_kt[plot]`.")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        len(records),
+        2,
+        figsize=(11, 3.6 * len(records)),
+        layout="constrained",
+        squeeze=False,
+    )
+    for (left, right), (_, systems) in zip(
+        panels, records.items(), strict=True
+    ):
+        for number, (attention, runs) in enumerate(sorted(systems.items())):
+            style = {
+                "color": "k" if attention == "softmax" else f"C{number % 10}",
+                "ls": "--" if attention.endswith("RKS") else "-",
+            }
+            for index, run in enumerate(runs):
+                points = run["curve"]
+                label = attention if index == 0 else None
+                for panel, key in ((left, "step"), (right, "seconds")):
+                    panel.plot(
+                        [p[key] for p in points],
+                        [p["validation"] for p in points],
+                        label=label,
+                        **style,
+                    )
+        record = next(iter(systems.values()))[0]
+        left.set_title(record["task"])
+        left.set_xlabel("training step")
+        left.set_ylabel(f"validation {record['score']}")
+        right.set_xlabel("seconds of training")
+        right.set_xscale("log")
+        left.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=130)
+    print(f"Curves: {path}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
