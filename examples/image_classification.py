@@ -39,6 +39,7 @@ CPU = common.Preset(
     batch_size=32,
     steps=1000,
     learning_rate=2e-3,
+    dropout=0.0,
 )
 # Long Range Arena's configurations; nobody has published one of MNIST-5k.
 PAPER_CIFAR = common.Preset(

@@ -21,8 +21,8 @@ DISTRACTORS = 20 // DISTRACTOR
 DASH = 2.0
 THICKNESS = 0.5
 MARGIN = 1.0
-# Between the middles of dashes of different contours.
-CLEARANCE = THICKNESS + MARGIN
+# Between the middles of dashes, each of which has its margin.
+CLEARANCE = THICKNESS + 2 * MARGIN
 CONTINUITY = 1.0
 DASH_LEVEL = 0.75
 # Directions that are tried for each dash.
@@ -104,8 +104,8 @@ class Contour:
         self.canvas = canvas
         self.alive = np.ones(canvas.batch, bool)
         self.position = start
-        # The number of the last dash, which is not in the way of the next.
-        self.last = 0
+        # The last dash is not in the way of the next.
+        self.last = None
         tries = rng.uniform(0, 2 * np.pi, (canvas.batch, TRIES))
         self._add(tries, gap=0.0)
 
@@ -137,16 +137,15 @@ class Canvas:
         self.side = SIZE * ANTIALIAS
         shape = (batch, self.side, self.side)
         self.levels = np.zeros(shape, "float32")
-        # Numbers of the dashes that points are near to; 0 is free.
-        self.owners = np.zeros(shape, "uint8")
-        self.dashes = 0
+        # How many dashes a point is near to.
+        self.dashes = np.zeros(shape, "int8")
 
-    def is_free(self, points, last=0):
+    def is_free(self, points, last=None):
         """Whether all points of a try are, dash `last` left out of account.
 
         Args:
             points: `(batch, tries, points, 2)`.
-            last: number of a dash.
+            last: what `add` returned for that dash.
 
         Returns:
             `(batch, tries)`.
@@ -154,8 +153,11 @@ class Canvas:
         inside = (points >= PADDING) & (points < SIZE - PADDING)
         cells = np.clip(points * ANTIALIAS, 0, self.side - 1).astype(int)
         rows = np.arange(self.batch)[:, np.newaxis, np.newaxis]
-        owners = self.owners[rows, cells[..., 0], cells[..., 1]]
-        free = (owners == 0) | (owners == last)
+        dashes = self.dashes
+        if last is not None:
+            dashes = dashes.copy()
+            dashes[last] -= 1
+        free = dashes[rows, cells[..., 0], cells[..., 1]] == 0
         return (inside.all(-1) & free).all(-1)
 
     def add(self, dash, chosen):
@@ -166,16 +168,14 @@ class Canvas:
             chosen: `(batch,)`.
 
         Returns:
-            The number of the dash.
+            Index of the points that are near to it.
         """
-        self.dashes += 1
         distance, cells = self._distances(dash, CLEARANCE)
         distance[~chosen] = np.inf
         self.levels[_within(THICKNESS / 2, distance, cells)] = DASH_LEVEL
         near = _within(CLEARANCE, distance, cells)
-        owners = self.owners[near]
-        self.owners[near] = np.where(owners == 0, self.dashes, owners)
-        return self.dashes
+        self.dashes[near] += 1
+        return near
 
     def dot(self, centre):
         found = self._distances(centre[:, np.newaxis], MARKER_RADIUS)
