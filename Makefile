@@ -2,6 +2,8 @@
 # environment that it runs in.
 PYTHON ?= python3
 VENV ?= .venv
+# Test processes at a time; each takes up to 3 GiB.
+JOBS ?= 2
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: install demo test lint conformance approximation tpu-check
@@ -14,13 +16,13 @@ $(VENV)/.installed: setup.py constraints.txt
 	touch $@
 
 test: install
-	$(VENV)/bin/python -m pytest tests
+	$(VENV)/bin/python -m pytest -n $(JOBS) tests
 	$(MAKE) conformance
 
 # Keras's own tests of MultiHeadAttention, with KernelizedAttention in its place.
 conformance: install
 	for route in linear quadratic auto; do \
-	  KERAS_KT_ROUTE=$$route $(VENV)/bin/python -m pytest -q -c tests/conformance.ini \
+	  KERAS_KT_ROUTE=$$route $(VENV)/bin/python -m pytest -q -n $(JOBS) -c tests/conformance.ini \
 	    --rootdir tests -p conformance_plugin --pyargs \
 	    keras.src.layers.attention.multi_head_attention_test || exit 1; \
 	done

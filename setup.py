@@ -37,6 +37,7 @@ setup(
         "tpu-check": ["jax[tpu]==0.10.2"],
         "test": [
             "pytest",
+            "pytest-xdist",
             "ruff",
             "matplotlib",
             "ai-edge-litert",

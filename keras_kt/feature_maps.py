@@ -66,7 +66,7 @@ class PositiveMap(NamedTuple):
         return self._sides(x, tf.zeros_like(self.log_amplitudes))
 
     def _sides(self, x, exponent):
-        projected = _project(x, self.projection)
+        projected = precise_product(x, self.projection)
         exponent = _per_frequency(exponent, projected)
         if self.two_sided:
             projected = tf.concat([projected, -projected], -1)
@@ -149,7 +149,7 @@ class TrigonometricMap(NamedTuple):
         return 2 * self.projection.shape[-1] + 1
 
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
-        angles = _project(x, self.projection)
+        angles = precise_product(x, self.projection)
         constant = tf.sqrt(self.smoothing) * tf.ones_like(angles[..., :1])
         return tf.concat(
             [
@@ -161,8 +161,8 @@ class TrigonometricMap(NamedTuple):
         )
 
 
-def _project(x, projection):
-    """`x @ projection` in float32, on a TPU too.
+def precise_product(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    """`a @ b` in float32, on a TPU too: for what is to be exponentiated.
 
     A TPU rounds the operands of a float32 product to bfloat16, which is an
     error of some percent of exp(ω·x), and TensorFlow can forbid that for a
@@ -170,11 +170,10 @@ def _project(x, projection):
     product of the two lower parts, 2⁻¹⁶ of the result, is left out.
     """
     if not _rounds_products():
-        return tf.matmul(x, projection)
-    x_high, x_low = _split(x)
-    high, low = _split(projection)
-    small = tf.matmul(x_high, low) + tf.matmul(x_low, high)
-    return tf.matmul(x_high, high) + small
+        return tf.matmul(a, b)
+    (a_high, a_low), (b_high, b_low) = _split(a), _split(b)
+    small = tf.matmul(a_high, b_low) + tf.matmul(a_low, b_high)
+    return tf.matmul(a_high, b_high) + small
 
 
 def _rounds_products():

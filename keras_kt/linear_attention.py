@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from keras_kt import feature_maps
+
 # Stands for log 0; finite, since ∞ − ∞ hides in fully padded prefixes.
 FLOOR = -1e30
 _MOST_EXCESS = 60.0
@@ -1211,10 +1213,9 @@ def _near(queries, keys, window):
 
 def _exact_logits(kernel, query, key):
     """Logarithms of an `ExactKernel`, `(batch, heads, t, s)`."""
-    logits = tf.einsum(
-        "bhtcd,bhscd->bhcts", kernel.queries(query), kernel.keys(key)
-    )
-    return tf.reduce_logsumexp(logits, axis=2)
+    query = tf.einsum("bhtcd->bhctd", kernel.queries(query))
+    key = tf.einsum("bhscd->bhcds", kernel.keys(key))
+    return tf.reduce_logsumexp(feature_maps.precise_product(query, key), axis=2)
 
 
 def _log_fading(decay, query_length):

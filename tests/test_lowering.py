@@ -101,7 +101,7 @@ def test_projection_survives_rounded_products(monkeypatch):
     x, projection = tf.constant(x), tf.constant(projection)
     with tf.GradientTape() as tape:
         tape.watch([x, projection])
-        result = feature_maps._project(x, projection)
+        result = feature_maps.precise_product(x, projection)
         loss = tf.reduce_sum(tf.square(result)) / 2
     # 64 terms of size 1 whose parts err by 2**-17 and 2**-16.
     assert np.abs(rounded(x, projection) - exact).max() > 1e-2
@@ -110,7 +110,7 @@ def test_projection_survives_rounded_products(monkeypatch):
     monkeypatch.undo()
     with tf.GradientTape() as tape:
         tape.watch([x, projection])
-        result = feature_maps._project(x, projection)
+        result = feature_maps.precise_product(x, projection)
         loss = tf.reduce_sum(tf.square(result)) / 2
     expected = tape.gradient(loss, [x, projection])
     for actual, wanted in zip(gradients, expected, strict=True):

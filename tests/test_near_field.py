@@ -294,6 +294,7 @@ def make(**options):
     return keras_kt.KernelizedAttention(3, 5, seed=1, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, causal",
     [*((options, True) for options in LAYERS), (LAYERS[-1], False)],
