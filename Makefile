@@ -2,7 +2,7 @@
 # environment that it runs in.
 PYTHON ?= python3
 VENV ?= .venv
-# Test processes at a time; each takes up to 3 GiB.
+# Test processes at a time.
 JOBS ?= 2
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
