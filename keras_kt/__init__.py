@@ -11,6 +11,12 @@ if keras.backend.backend() != "tensorflow":
 
 from keras_kt import kernels
 from keras_kt.attention import KernelizedAttention
+from keras_kt.conversion import (
+    CachedKernelizedAttention,
+    ConversionReport,
+    ConvertedLayer,
+    convert_attention,
+)
 from keras_kt.feature_maps import (
     FeatureMap,
     PositiveFeatures,
@@ -34,6 +40,9 @@ __version__ = "0.1.0"
 __all__ = [
     "PAPER_SYSTEMS",
     "AttentionState",
+    "CachedKernelizedAttention",
+    "ConversionReport",
+    "ConvertedLayer",
     "DistributionPrior",
     "FastFoodPrior",
     "FeatureMap",
@@ -45,6 +54,7 @@ __all__ = [
     "PositiveFeatures",
     "SpectralPrior",
     "TrigonometricFeatures",
+    "convert_attention",
     "export_saved_model",
     "kernels",
     "paper_system",

@@ -27,6 +27,8 @@ ORDER = (
     "serving",
     "systems",
     "kernels",
+    "conversion",
+    "calibration",
 )
 GLOBALS = {
     "keras": keras,
