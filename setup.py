@@ -35,7 +35,14 @@ setup(
         "text": ["tensorflow-text>=2.18,<2.22"],
         # The TPU compiler; it uses jaxlib's private names, so one version.
         "tpu-check": ["jax[tpu]==0.10.2"],
-        "test": ["pytest", "ruff", "matplotlib", "ai-edge-litert"],
+        "test": [
+            "pytest",
+            "ruff",
+            "matplotlib",
+            "ai-edge-litert",
+            # Its models are converted; it needs Python 3.11.
+            "keras-hub; python_version >= '3.11'",
+        ],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -11,6 +11,15 @@ if keras.backend.backend() != "tensorflow":
 
 from keras_kt import kernels
 from keras_kt.attention import KernelizedAttention
+from keras_kt.calibration import (
+    AttentionErrors,
+    CalibrationReport,
+    HeadError,
+    attention_error,
+    calibrate,
+    closed_form_attention,
+    distil,
+)
 from keras_kt.conversion import (
     CachedKernelizedAttention,
     ConversionReport,
@@ -39,7 +48,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PAPER_SYSTEMS",
+    "AttentionErrors",
     "AttentionState",
+    "CalibrationReport",
     "CachedKernelizedAttention",
     "ConversionReport",
     "ConvertedLayer",
@@ -48,13 +59,18 @@ __all__ = [
     "FeatureMap",
     "Frequencies",
     "GeneratorPrior",
+    "HeadError",
     "KernelizedAttention",
     "MixturePrior",
     "NormalPrior",
     "PositiveFeatures",
     "SpectralPrior",
     "TrigonometricFeatures",
+    "attention_error",
+    "calibrate",
+    "closed_form_attention",
     "convert_attention",
+    "distil",
     "export_saved_model",
     "kernels",
     "paper_system",

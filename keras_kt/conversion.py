@@ -536,7 +536,7 @@ def _copy(model, plans):
             new = made.setdefault(id(original), None) or plans[id(original)]()
             made[id(original)] = new
             _transfer(original, new)
-            _replace(parent, twin, new)
+            replace_layer(parent, twin, new)
         else:
             _transfer(original, twin)
     for block, attention in _causal_children(copy):
@@ -638,7 +638,7 @@ def _transfer(softmax, kernelized):
         ours.trainable = dense.trainable
 
 
-def _replace(parent, old, new):
+def replace_layer(parent, old, new):
     """Puts a layer where a built parent has another one."""
     parent._tracker.replace_tracked_value("layers", old, new)
     for name, value in list(vars(parent).items()):
