@@ -113,7 +113,8 @@ def convert_attention(
     converted. A block or model of a class of its own must implement
     `get_config`, and recreates softmax attention from it: save such a copy
     with `save_weights` (and convert again to load), or export it; `.keras`
-    saving raises.
+    saving raises. Padded queries get a zero context, where softmax gives them
+    an average: outputs at padded positions differ.
 
     Args:
         model: a built model.
@@ -454,10 +455,15 @@ def _needs(arguments, is_causal_block):
 
 def _traced_calls(model, layers):
     """The calls of layers when a functional model runs, without running it."""
-    if not getattr(model, "inputs", None):
+    inputs = getattr(model, "inputs", None)
+    if not inputs:
         return []
+    if not isinstance(model, keras.Sequential):
+        inputs = model.input
+    elif len(inputs) == 1:
+        (inputs,) = inputs
     spec = keras.tree.map_structure(
-        lambda x: tf.TensorSpec(x.shape, x.dtype), model.input
+        lambda x: tf.TensorSpec(x.shape, x.dtype), inputs
     )
     with recorded_calls(layers) as calls:
         tf.function(
@@ -571,8 +577,9 @@ def _from_config(layer):
             f"{type(layer).__name__} must be made again from its "
             "configuration, so that the original stays as it is. Received: "
             f"{layer.name!r}, for which `from_config(get_config())` fails: "
-            f"{error}. Implement `get_config` with every argument of "
-            "`__init__`."
+            f"{str(error).splitlines()[0]} Implement `get_config` with every "
+            "argument of `__init__`, and let `__init__` pass others (name, "
+            "trainable, dtype) on to `super().__init__`."
         ) from error
 
 
