@@ -43,6 +43,8 @@ setup(
             "ai-edge-litert",
             "onnxruntime",
             "tf2onnx",
+            # Its models are converted; it needs Python 3.11.
+            "keras-hub; python_version >= '3.11'",
         ],
     },
     classifiers=[

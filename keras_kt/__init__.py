@@ -11,6 +11,21 @@ if keras.backend.backend() != "tensorflow":
 
 from keras_kt import kernels
 from keras_kt.attention import KernelizedAttention
+from keras_kt.calibration import (
+    AttentionErrors,
+    CalibrationReport,
+    HeadError,
+    attention_error,
+    calibrate,
+    closed_form_attention,
+    distil,
+)
+from keras_kt.conversion import (
+    CachedKernelizedAttention,
+    ConversionReport,
+    ConvertedLayer,
+    convert_attention,
+)
 from keras_kt.feature_maps import (
     FeatureMap,
     PositiveFeatures,
@@ -39,13 +54,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PAPER_SYSTEMS",
+    "AttentionErrors",
     "AttentionState",
     "DecoderState",
+    "CalibrationReport",
+    "CachedKernelizedAttention",
+    "ConversionReport",
+    "ConvertedLayer",
     "DistributionPrior",
     "FastFoodPrior",
     "FeatureMap",
     "Frequencies",
     "GeneratorPrior",
+    "HeadError",
     "KernelizedAttention",
     "KernelizedTransformerDecoder",
     "KernelizedTransformerEncoder",
@@ -55,6 +76,11 @@ __all__ = [
     "PositiveFeatures",
     "SpectralPrior",
     "TrigonometricFeatures",
+    "attention_error",
+    "calibrate",
+    "closed_form_attention",
+    "convert_attention",
+    "distil",
     "export_saved_model",
     "generate",
     "kernels",

@@ -98,7 +98,8 @@ class KernelizedAttention(keras.layers.Layer):
         query_mask, value_mask, key_mask: `(batch, length)` boolean. Default to
             the Keras masks of the tensors.
         attention_mask: boolean, broadcast to `(batch, heads, query_length,
-            key_length)` as in `MultiHeadAttention`. Costs O(length²).
+            key_length)` as in `MultiHeadAttention`. Costs O(length²), unless
+            its query axis is known to have size 1: that is a key mask.
         return_attention_scores: also return the attention weights.
         training: whether to apply dropout and redraws.
         use_causal_mask: query t sees keys 0 … t only; stays linear.
@@ -381,6 +382,10 @@ class KernelizedAttention(keras.layers.Layer):
         query_mask = self._check_mask("query_mask", query_mask, query)
         value_mask = self._check_mask("value_mask", value_mask, value)
         key_mask = self._check_mask("key_mask", key_mask, key)
+        key_mask = _both(value_mask, key_mask)
+        shared_mask = _vector_mask(attention_mask, query)
+        if shared_mask is not None:
+            key_mask, attention_mask = _both(key_mask, shared_mask), None
         # Handled here: the projections would only warn that they lose them.
         for tensor in (query, value, key):
             _set_keras_mask(tensor, None)
@@ -389,7 +394,7 @@ class KernelizedAttention(keras.layers.Layer):
             value,
             key,
             query_mask=query_mask,
-            key_mask=_both(value_mask, key_mask),
+            key_mask=key_mask,
             attention_mask=attention_mask,
             training=training,
             return_attention_scores=return_attention_scores,
@@ -1056,6 +1061,18 @@ def _match_length(query, key_mask, *of_keys):
 def _select_rows(x, mask):
     """x where the mask keeps, zeros elsewhere, whatever x holds there."""
     return tf.where(mask[..., tf.newaxis], x, tf.zeros((), x.dtype))
+
+
+def _vector_mask(mask, query):
+    """The `(batch, key_length)` mask that a dense one is if all queries and
+    heads share it, or `None`."""
+    if mask is None or len(query.shape) != 3:
+        return None
+    mask = tf.convert_to_tensor(mask)
+    shared = list(range(1, len(mask.shape) - 1))
+    if not shared or any(mask.shape[axis] != 1 for axis in shared):
+        return None
+    return tf.cast(tf.squeeze(mask, shared), "bool")
 
 
 def _both(mask, other):

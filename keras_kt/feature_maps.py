@@ -21,7 +21,7 @@ from keras_kt.spectral_priors import (
     check_choice,
 )
 
-PREFACTORS = ("softmax", "gaussian", "isotropic")
+PREFACTORS = ("softmax", "tilted", "gaussian", "isotropic")
 
 
 class PositiveMap(NamedTuple):
@@ -252,7 +252,9 @@ class PositiveFeatures(FeatureMap):
     Args:
         prefactor: log h(x), with Σ and μ those of the prior (of each component
             of a mixture). `"softmax"` (default): −½xᵀΣx − μ·x, so that keys
-            weigh exp(qᵀΣk). `"gaussian"`: −xᵀΣx, so that they weigh
+            weigh exp(qᵀΣk). `"tilted"`: −½xᵀΣx, so that they weigh
+            exp(qᵀΣk + μ·k): softmax of queries whose mean, moved into μ, costs
+            no variance. `"gaussian"`: −xᵀΣx, so that they weigh
             exp(μ·k − ½(q−k)ᵀΣ(q−k)). `"isotropic"`: −|x|² whatever Σ is, the
             paper's released form.
         two_sided: whether every frequency ω = μ + δ is used with its mirror
@@ -292,8 +294,9 @@ class PositiveFeatures(FeatureMap):
                 "The softmax prefactor cancels the mean of the prior, so that "
                 "it would never be trained. Received: prefactor='softmax' with "
                 f"use_mean=True in {type(prior).__name__}. Use "
-                'PositiveFeatures(prefactor="gaussian"), trigonometric '
-                "features, or use_mean=False."
+                'PositiveFeatures(prefactor="tilted"), which keeps it, '
+                'prefactor="gaussian", trigonometric features, or '
+                "use_mean=False."
             )
 
     def bind(self, frequencies, scale=1.0):
@@ -301,7 +304,8 @@ class PositiveFeatures(FeatureMap):
         if self.prefactor != "softmax" and frequencies.means is not None:
             linear = scale * tf.linalg.matrix_transpose(frequencies.means)
         covariances = frequencies.covariances
-        share = scale**2 * (0.5 if self.prefactor == "softmax" else 1.0)
+        is_half = self.prefactor in ("softmax", "tilted")
+        share = scale**2 * (0.5 if is_half else 1.0)
         if self.prefactor == "isotropic":
             quadratic = share * tf.ones_like(frequencies.offsets[:, :1])
             quadratic = tf.linalg.matrix_transpose(quadratic)

@@ -14,6 +14,8 @@ import tensorflow_probability as tfp
 from keras_kt import feature_maps, spectral_priors
 
 tfd = tfp.distributions
+# Prefactors whose quadratic part is −½xᵀΣx; the others have −xᵀΣx.
+_HALF = ("softmax", "tilted")
 
 
 def softmax_attention(query, key, value, mask=None):
@@ -115,7 +117,7 @@ def from_frequencies(frequencies, feature_map, x, y):
     second = np.square(omega).mean(axis=1)
     if feature_map.prefactor == "isotropic":
         second = np.ones_like(second)
-    share = 0.5 if feature_map.prefactor == "softmax" else 1.0
+    share = 0.5 if feature_map.prefactor in _HALF else 1.0
     h_x = -share * np.einsum("hnd,hd->hn", x**2, second)
     h_y = -share * np.einsum("hnd,hd->hn", y**2, second)
     return terms(exponents).mean(axis=-1) * np.exp(
@@ -151,7 +153,7 @@ class _Gaussian:
             else:
                 mapped = np.einsum("hnd,hcde->hcne", points, self.factors)
                 norm = np.sum(mapped**2, axis=-1)
-            norms.append((0.5 if prefactor == "softmax" else 1.0) * norm)
+            norms.append((0.5 if prefactor in _HALF else 1.0) * norm)
         terms *= np.exp(-norms[0][..., :, None] - norms[1][..., None, :])
         return np.einsum("hc,hcnm->hnm", self.probabilities, terms)
 
@@ -186,7 +188,7 @@ class _Independent:
             variance = np.ones_like(self.location)
         if prefactor != "softmax":
             terms *= np.exp(np.einsum("hnmd,hd->hnm", total, self.location))
-        share = 0.5 if prefactor == "softmax" else 1.0
+        share = 0.5 if prefactor in _HALF else 1.0
         h_x = share * np.einsum("hnd,hd->hn", x**2, variance)
         h_y = share * np.einsum("hnd,hd->hn", y**2, variance)
         return terms * np.exp(-h_x[..., :, None] - h_y[..., None, :])

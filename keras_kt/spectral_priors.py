@@ -405,8 +405,8 @@ class NormalPrior(_GaussianPrior):
         covariance: `"diagonal"` (default), `"isotropic"` or `"full"`.
         use_mean: whether the mean is trained. It makes a trigonometric kernel
             oscillate, is a linear gate on keys for positive features with a
-            Gaussian or isotropic prefactor, and cancels for the softmax
-            prefactor, which refuses it. Defaults to `False`: mean zero.
+            tilted, Gaussian or isotropic prefactor, and cancels for the
+            softmax prefactor, which refuses it. Defaults to `False`.
         coupling: `"orthogonal"` (default), `"iid"` or `"sobol"`; see
             `base_noise.draw`.
         radius: `"fixed"` (default) or `"chi"` for exactly unbiased estimates.

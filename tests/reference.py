@@ -109,6 +109,8 @@ def features(x, frequencies, kind):
     linear = np.einsum("bhtd,hcd->bhtc", x, means)
     if kind["prefactor"] == "softmax":
         log_h = -0.5 * square - linear
+    elif kind["prefactor"] == "tilted":
+        log_h = -0.5 * square
     elif kind["prefactor"] == "gaussian":
         log_h = -square
     else:

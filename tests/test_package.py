@@ -29,6 +29,8 @@ ORDER = (
     "serving",
     "systems",
     "kernels",
+    "conversion",
+    "calibration",
 )
 GLOBALS = {
     "keras": keras,
