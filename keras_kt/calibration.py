@@ -507,7 +507,7 @@ def _teach(pairs, teacher, inputs):
 
 def _estimate(layer, query, key, value, visible, prior=None):
     """The layer's outputs and weights, by features."""
-    query, key, bound = layer._kernel_inputs(query, key)
+    query, key, bound, _ = layer._kernel_inputs(query, key)
     if prior is not None:
         scale = layer.key_dim**-0.25
         bound = layer.feature_map.bind(prior(), scale)
