@@ -27,7 +27,9 @@ ORDER = (
     "serving",
     "systems",
     "kernels",
+    "keras_hub_layers",
     "conversion",
+    "attention_errors",
     "calibration",
 )
 GLOBALS = {
