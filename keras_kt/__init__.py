@@ -11,17 +11,14 @@ if keras.backend.backend() != "tensorflow":
 
 from keras_kt import kernels
 from keras_kt.attention import KernelizedAttention
-from keras_kt.calibration import (
+from keras_kt.attention_errors import (
     AttentionErrors,
-    CalibrationReport,
     HeadError,
     attention_error,
-    calibrate,
     closed_form_attention,
-    distil,
 )
+from keras_kt.calibration import CalibrationReport, calibrate, distil
 from keras_kt.conversion import (
-    CachedKernelizedAttention,
     ConversionReport,
     ConvertedLayer,
     convert_attention,
@@ -32,6 +29,7 @@ from keras_kt.feature_maps import (
     TrigonometricFeatures,
 )
 from keras_kt.generation import generate
+from keras_kt.keras_hub_layers import CachedKernelizedAttention
 from keras_kt.linear_attention import AttentionState, NearFieldState
 from keras_kt.serving import export_saved_model
 from keras_kt.spectral_priors import (

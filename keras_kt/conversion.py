@@ -4,22 +4,17 @@
 of each `MultiHeadAttention`, with its projections. The kernel is then an
 estimate of softmax's, exp(q·k), by the features of the layer's spectral prior:
 `calibration` measures how close it is, and brings it closer.
-
-KerasHub is never imported. Where it is in use, its blocks are recognised: they
-merge causality into a dense mask, which is taken apart here, and pass a
-key-value cache, which converted layers accept.
 """
 
 import contextlib
 import functools
 import inspect
-import sys
 from typing import NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_kt import feature_maps, spectral_priors
+from keras_kt import feature_maps, keras_hub_layers, spectral_priors
 from keras_kt.attention import KernelizedAttention
 
 ON_UNSUPPORTED = ("skip", "quadratic", "error")
@@ -252,89 +247,10 @@ def recorded_calls(layers):
             vars(layer).pop("call", None)
 
 
-@keras.saving.register_keras_serializable(package="keras_kt")
-class CachedKernelizedAttention(KernelizedAttention):
-    """KernelizedAttention with the call of KerasHub's cached attention.
-
-    Takes the place of `keras_hub.layers.CachedMultiHeadAttention`. A cache of
-    keys and values is honoured as there, at O(cache length) for each token;
-    `KernelizedAttention.step` has a state of fixed size in its place.
-
-    Call arguments:
-        query, value, key, return_attention_scores, training: as in
-            `KernelizedAttention`.
-        attention_mask: as there; or a tuple of padding masks
-            `(batch, 1, key_length)`, none or one, which means causal.
-        cache: `(batch, 2, length, heads, key_dim)`, or `None`.
-        cache_update_index: where the new keys and values go in the cache.
-
-    Returns:
-        The output, the scores if asked for, and the cache if there is one.
-    """
-
-    def call(
-        self,
-        query,
-        value,
-        key=None,
-        attention_mask=None,
-        cache=None,
-        cache_update_index=None,
-        return_attention_scores=False,
-        training=None,
-    ):
-        is_causal = isinstance(attention_mask, tuple)
-        if is_causal:
-            attention_mask = attention_mask[0] if attention_mask else None
-        if cache is None:
-            return super().call(
-                query,
-                value,
-                key=key,
-                attention_mask=attention_mask,
-                return_attention_scores=return_attention_scores,
-                training=training,
-                use_causal_mask=is_causal,
-            )
-        keys, values = cache[:, 0], cache[:, 1]
-        if cache_update_index is not None:
-            start = [0, cache_update_index, 0, 0]
-            key = self._key_dense(value if key is None else key)
-            keys = keras.ops.slice_update(keys, start, key)
-            value = self._value_dense(value)
-            values = keras.ops.slice_update(values, start, value)
-            cache = tf.stack([keys, values], axis=1)
-        heads, scores = self._compute_attention(
-            self._query_dense(query),
-            keys,
-            values,
-            attention_mask=attention_mask,
-            return_attention_scores=return_attention_scores,
-            training=training,
-        )
-        output = self._project_heads(heads, query, training)
-        if return_attention_scores:
-            return output, scores, cache
-        return output, cache
-
-    def compute_output_spec(self, *args, **kwargs):
-        return keras.layers.Layer.compute_output_spec(self, *args, **kwargs)
-
-
-def _hub(name):
-    """A layer class of KerasHub if that is in use, or an empty tuple."""
-    hub = sys.modules.get("keras_hub")
-    return getattr(hub.layers, name) if hub else ()
-
-
 def _is_attention(layer):
     return "Attention" in type(layer).__name__ or isinstance(
         layer, keras.layers.MultiHeadAttention
     )
-
-
-def _is_cached(layer):
-    return isinstance(layer, _hub("CachedMultiHeadAttention"))
 
 
 def _children(layer):
@@ -410,8 +326,8 @@ def _refusal(layer):
     if not isinstance(layer, keras.layers.MultiHeadAttention):
         return f"{name} is not a MultiHeadAttention"
     base = keras.layers.MultiHeadAttention
-    if _is_cached(layer):
-        base = _hub("CachedMultiHeadAttention")
+    if keras_hub_layers.is_cached(layer):
+        base = keras_hub_layers.cached_class()
     for method in _COMPUTATION:
         if getattr(type(layer), method) is not getattr(base, method):
             return f"{name} has a `{method}` of its own"
@@ -426,7 +342,10 @@ def _problems(model, chosen, dropout):
     """What linear attention cannot honour, by path; "" where nothing."""
     supported = {p: layer for p, layer in chosen.items() if not _refusal(layer)}
     calls = _traced_calls(model, list(supported.values()))
-    causal = {id(attention) for _, attention in _causal_children(model)}
+    causal = {
+        id(attention)
+        for _, attention in keras_hub_layers.causal_attention(model)
+    }
     problems = {}
     for path, layer in supported.items():
         needs = {
@@ -483,9 +402,9 @@ def _projections(layer):
 
 def _kernelized(layer, changes):
     """An unbuilt KernelizedAttention with the arguments of a softmax layer."""
-    kind = (
-        CachedKernelizedAttention if _is_cached(layer) else KernelizedAttention
-    )
+    kind = KernelizedAttention
+    if keras_hub_layers.is_cached(layer):
+        kind = keras_hub_layers.CachedKernelizedAttention
     known = set(inspect.signature(KernelizedAttention.__init__).parameters)
     known |= {"name", "trainable", "dtype"}
     config = layer.get_config()
@@ -545,11 +464,7 @@ def _copy(model, plans):
             replace_layer(parent, twin, new)
         else:
             _transfer(original, twin)
-    for block, attention in _causal_children(copy):
-        if isinstance(attention, CachedKernelizedAttention):
-            block._compute_self_attention_mask = functools.partial(
-                _causal_mask, block._compute_self_attention_mask
-            )
+    keras_hub_layers.linearise_masks(copy)
     inner = {id(new) for new in made.values()}
     for layer in rebuilt:
         if any(id(other) in inner for other in layer._flatten_layers()):
@@ -667,26 +582,6 @@ def _substituted(value, old, new):
     if type(value) is tuple and any(item is old for item in value):
         return tuple(new if item is old else item for item in value)
     return value
-
-
-def _causal_children(model):
-    """KerasHub's decoder blocks and their self-attention."""
-    decoder = _hub("TransformerDecoder")
-    return [
-        (layer, layer._self_attention_layer)
-        for layer in model._flatten_layers()
-        if isinstance(layer, decoder) and layer.built
-    ]
-
-
-def _causal_mask(dense_mask, *, use_causal_mask, **kwargs):
-    """A decoder block's mask, as a tuple where causality stays linear."""
-    is_dense = kwargs["decoder_attention_mask"] is not None
-    is_cached = kwargs["self_attention_cache"] is not None
-    if not use_causal_mask or is_dense or is_cached:
-        return dense_mask(use_causal_mask=use_causal_mask, **kwargs)
-    padding = dense_mask(use_causal_mask=False, **kwargs)
-    return () if padding is None else (padding,)
 
 
 def _refuse_config(name):

@@ -525,6 +525,12 @@ def test_what_cannot_be_calibrated_says_so():
     assert "no longer N(μ, I)" in report.notes["attention"]
 
 
+def test_normalised_queries_stand_for_no_softmax():
+    converted, _ = keras_kt.convert_attention(one_layer(), qk_norm="l2")
+    with pytest.raises(ValueError, match="stands for no softmax"):
+        keras_kt.calibrate(converted, floats())
+
+
 @pytest.mark.parametrize(
     "target, train_projections", [("output", False), ("matrix", True)]
 )

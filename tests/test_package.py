@@ -29,7 +29,9 @@ ORDER = (
     "serving",
     "systems",
     "kernels",
+    "keras_hub_layers",
     "conversion",
+    "attention_errors",
     "calibration",
 )
 GLOBALS = {

@@ -1,0 +1,129 @@
+"""KerasHub's attention: its cache, and its masks taken apart.
+
+KerasHub is never imported; where it is in use, its layers are recognised. Its
+decoder blocks merge causality into a dense mask, which costs O(length²), and
+pass a key-value cache: `linearise_masks` keeps causality apart, and
+`CachedKernelizedAttention` takes the cache.
+"""
+
+import functools
+import sys
+
+import keras
+import tensorflow as tf
+
+from keras_kt.attention import KernelizedAttention
+
+
+@keras.saving.register_keras_serializable(package="keras_kt")
+class CachedKernelizedAttention(KernelizedAttention):
+    """KernelizedAttention with the call of KerasHub's cached attention.
+
+    Takes the place of `keras_hub.layers.CachedMultiHeadAttention`. A cache of
+    keys and values is honoured as there, at O(cache length) for each token;
+    `KernelizedAttention.step` has a state of fixed size in its place.
+
+    Call arguments:
+        query, value, key, return_attention_scores, training: as in
+            `KernelizedAttention`.
+        attention_mask: as there; or a tuple of padding masks
+            `(batch, 1, key_length)`, none or one, which means causal.
+        cache: `(batch, 2, length, heads, key_dim)`, or `None`.
+        cache_update_index: where the new keys and values go in the cache.
+
+    Returns:
+        The output, the scores if asked for, and the cache if there is one.
+    """
+
+    def call(
+        self,
+        query,
+        value,
+        key=None,
+        attention_mask=None,
+        cache=None,
+        cache_update_index=None,
+        return_attention_scores=False,
+        training=None,
+    ):
+        is_causal = isinstance(attention_mask, tuple)
+        if is_causal:
+            attention_mask = attention_mask[0] if attention_mask else None
+        if cache is None:
+            return super().call(
+                query,
+                value,
+                key=key,
+                attention_mask=attention_mask,
+                return_attention_scores=return_attention_scores,
+                training=training,
+                use_causal_mask=is_causal,
+            )
+        keys, values = cache[:, 0], cache[:, 1]
+        if cache_update_index is not None:
+            start = [0, cache_update_index, 0, 0]
+            key = self._key_dense(value if key is None else key)
+            keys = keras.ops.slice_update(keys, start, key)
+            value = self._value_dense(value)
+            values = keras.ops.slice_update(values, start, value)
+            cache = tf.stack([keys, values], axis=1)
+        heads, scores = self._compute_attention(
+            self._query_dense(query),
+            keys,
+            values,
+            attention_mask=attention_mask,
+            return_attention_scores=return_attention_scores,
+            training=training,
+        )
+        output = self._project_heads(heads, query, training)
+        if return_attention_scores:
+            return output, scores, cache
+        return output, cache
+
+    def compute_output_spec(self, *args, **kwargs):
+        return keras.layers.Layer.compute_output_spec(self, *args, **kwargs)
+
+
+def is_cached(layer) -> bool:
+    """Whether a layer is KerasHub's cached attention, or a subclass."""
+    return isinstance(layer, cached_class())
+
+
+def cached_class():
+    """KerasHub's cached attention, or an empty tuple if it is not in use."""
+    return _hub("CachedMultiHeadAttention")
+
+
+def linearise_masks(model):
+    """Lets converted decoder blocks pass causality apart from padding."""
+    for block, attention in causal_attention(model):
+        if isinstance(attention, CachedKernelizedAttention):
+            block._compute_self_attention_mask = functools.partial(
+                _causal_mask, block._compute_self_attention_mask
+            )
+
+
+def _hub(name):
+    """A layer class of KerasHub if that is in use, or an empty tuple."""
+    hub = sys.modules.get("keras_hub")
+    return getattr(hub.layers, name) if hub else ()
+
+
+def causal_attention(model):
+    """KerasHub's decoder blocks of a model, with their self-attention."""
+    decoder = _hub("TransformerDecoder")
+    return [
+        (layer, layer._self_attention_layer)
+        for layer in model._flatten_layers()
+        if isinstance(layer, decoder) and layer.built
+    ]
+
+
+def _causal_mask(dense_mask, *, use_causal_mask, **kwargs):
+    """A decoder block's mask, as a tuple where causality stays linear."""
+    is_dense = kwargs["decoder_attention_mask"] is not None
+    is_cached = kwargs["self_attention_cache"] is not None
+    if not use_causal_mask or is_dense or is_cached:
+        return dense_mask(use_causal_mask=use_causal_mask, **kwargs)
+    padding = dense_mask(use_causal_mask=False, **kwargs)
+    return () if padding is None else (padding,)

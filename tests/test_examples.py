@@ -1,0 +1,57 @@
+"""The examples run on toy data; what they print on real data is theirs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_convert_pretrained_reports_every_stage(tmp_path):
+    pytest.importorskip("tensorflow_text")
+    rng = np.random.default_rng(0)
+    words = [b"good ", b"bad ", b"film ", b"plot "]
+    texts = [b"".join(rng.choice(words, 30)) for _ in range(48)]
+    np.savez(
+        tmp_path / "imdb_labelled.npz",
+        data=np.frombuffer(b"".join(texts), "uint8"),
+        offsets=np.cumsum([0, *map(len, texts)]),
+        is_test=np.arange(48) % 2,
+        label=rng.integers(0, 2, 48),
+    )
+    arguments = (
+        f"--data-dir {tmp_path} --output {tmp_path} --tasks classifier "
+        "--steps 10 --batch-size 4 --words 16 --features 32 --distil-steps 2 "
+        "--test-examples 8 --speed-tokens 64"
+    )
+    subprocess.run(
+        [
+            sys.executable,
+            ROOT / "examples" / "convert_pretrained.py",
+            *arguments.split(),
+        ],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    results = json.loads((tmp_path / "convert_pretrained.json").read_text())
+    stages = {row["stage"]: row for row in results["classifier"]["stages"]}
+    assert list(stages) == [
+        "softmax",
+        "plain orthogonal features",
+        "converted",
+        "calibrated",
+        "distilled",
+        "fine-tuned",
+    ]
+    errors = {
+        name: np.mean(row["error by layer"])
+        for name, row in stages.items()
+        if name != "softmax"
+    }
+    assert errors["calibrated"] < errors["plain orthogonal features"]
