@@ -41,7 +41,10 @@ SHARE = 0.2
 def main():
     args = parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    train, test = load_reviews(args.data_dir, args.examples, args.seed)
+    train, test = (
+        (texts[: args.examples], labels[: args.examples])
+        for texts, labels in load_reviews(args.data_dir)
+    )
     results = {}
     for name in args.tasks:
         keras.utils.set_random_seed(args.seed)
