@@ -178,10 +178,18 @@ def _kernelized(model):
 
 def pairs_of_layers(student, teacher):
     """`(path, student's layer, teacher's layer)` of converted layers."""
-    theirs = attention_layers(teacher)
+    _kernelized(student)
+    ours, theirs = attention_layers(student), attention_layers(teacher)
+    # Names that Keras chose differ where a class makes its own layers.
+    by_position = theirs.values()
+    if len(ours) != len(theirs):
+        by_position = [None] * len(ours)
     pairs = [
-        (path, layer, theirs.get(path))
-        for path, layer in _kernelized(student).items()
+        (path, layer, theirs.get(path, original))
+        for (path, layer), original in zip(
+            ours.items(), by_position, strict=True
+        )
+        if isinstance(layer, KernelizedAttention)
     ]
     for path, _, original in pairs:
         if not isinstance(original, keras.layers.MultiHeadAttention):
@@ -305,6 +313,7 @@ def capture(model, data, batches, teacher=None):
         items += [
             Captured(path, layer, *sink[id(layer)])
             for path, layer in found.items()
+            if id(layer) in sink
         ]
     for item in items:
         if not all(np.isfinite(x).all() for x in (item.query, item.key)):
@@ -316,6 +325,7 @@ def capture(model, data, batches, teacher=None):
         Captured(path, layer, *zip(*tensors, strict=True))
         for path, layer in found.items()
         for tensors in [[item[2:] for item in items if item.path == path]]
+        if tensors
     ]
 
 

@@ -42,6 +42,17 @@ class Block(keras.layers.Layer):
         }
 
 
+class Outer(keras.layers.Layer):
+    """Holds a block that Keras names, anew in each copy."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.block = Block()
+
+    def call(self, x):
+        return self.block(x)
+
+
 class Subclassed(keras.Model):
     """A model without a graph."""
 
@@ -448,6 +459,14 @@ def test_errors_are_those_of_the_scores():
         np.testing.assert_allclose(
             got, np.stack([expected, uniform], -1), rtol=1e-3
         )
+
+
+def test_teachers_layers_are_found_whatever_keras_names_them():
+    x = keras.Input((None, WIDTH))
+    model = perturbed(keras.Model(x, Outer()(x)))
+    converted, _ = keras_kt.convert_attention(model)
+    errors = keras_kt.attention_error(converted, floats(), teacher=model)
+    assert len(errors.layers) == 1
 
 
 def test_sharp_attention_is_called_hopeless():
