@@ -383,14 +383,23 @@ def _given(applies, **options):
     return options
 
 
+def softmax_attention(block, key_dim, name):
+    """Keras's own attention for a block; drops weights at its rate."""
+    return keras.layers.MultiHeadAttention(
+        block.num_heads,
+        key_dim,
+        dropout=block.dropout,
+        dtype=block.dtype_policy,
+        name=name,
+    )
+
+
 @keras.saving.register_keras_serializable(package="examples")
 class SoftmaxEncoder(keras_kt.KernelizedTransformerEncoder):
     """The same block around Keras's own attention."""
 
     def make_attention(self, key_dim, name):
-        return keras.layers.MultiHeadAttention(
-            self.num_heads, key_dim, dtype=self.dtype_policy, name=name
-        )
+        return softmax_attention(self, key_dim, name)
 
 
 @keras.saving.register_keras_serializable(package="examples")
@@ -398,9 +407,7 @@ class SoftmaxDecoder(keras_kt.KernelizedTransformerDecoder):
     """The same block around Keras's own attention; it cannot stream."""
 
     def make_attention(self, key_dim, name):
-        return keras.layers.MultiHeadAttention(
-            self.num_heads, key_dim, dtype=self.dtype_policy, name=name
-        )
+        return softmax_attention(self, key_dim, name)
 
 
 def make_block(args, causal=False):

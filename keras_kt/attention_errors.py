@@ -216,7 +216,14 @@ def _intercepted(layers, attend):
         use_causal_mask=False,
         query_mask=None,
         key_mask=None,
+        decay=None,
     ):
+        if decay is not None:
+            raise ValueError(
+                "A layer that forgets stands for no softmax attention. "
+                f"Received: layer {layer.name!r} with decay={layer.decay!r}. "
+                "Convert without it."
+            )
         if len(query.shape) != 4:
             raise ValueError(
                 "Only attention over one axis can be measured or calibrated. "
@@ -359,13 +366,21 @@ def teach(pairs, teacher, inputs):
 
 
 def estimate(layer, query, key, value, visible, prior=None):
-    """The layer's outputs and weights, by features."""
-    query, key, bound, _ = layer._kernel_inputs(query, key)
+    """The layer's outputs and weights, by features and near field."""
+    query, key, bound, kernel = layer._kernel_inputs(query, key)
     if prior is not None:
-        scale = layer.key_dim**-0.25
-        bound = layer.feature_map.bind(prior(), scale)
+        arguments = prior(), layer.key_dim**-0.25
+        bound = layer.feature_map.bind(*arguments)
+        if kernel is not None:
+            kernel = layer.feature_map.bind_exact(*arguments)
     return linear_attention.quadratic(
-        query, key, value, bound, attention_mask=visible
+        query,
+        key,
+        value,
+        bound,
+        attention_mask=visible,
+        kernel=kernel,
+        window=layer.near_field,
     )
 
 

@@ -56,7 +56,7 @@ class PositiveMap(NamedTuple):
         """What the log-features of a component share."""
         exponent = self.log_amplitudes - self._quadratic_form(x)
         if self.linear is not None:
-            exponent += tf.matmul(x, self.linear)
+            exponent += precise_product(x, self.linear)
         return exponent
 
     def relative(self, x: tf.Tensor) -> tf.Tensor:
@@ -79,8 +79,8 @@ class PositiveMap(NamedTuple):
             diagonal = tf.linalg.matrix_transpose(self.quadratic)
             return tf.reduce_sum(tf.square(x) * diagonal, -1, keepdims=True)
         if self.quadratic.shape.rank == 3:
-            return tf.matmul(tf.square(x), self.quadratic)
-        rotated = tf.einsum("bhtd,hcde->bhtce", x, self.quadratic)
+            return precise_product(tf.square(x), self.quadratic)
+        rotated = _by_component(x, self.quadratic)
         return tf.reduce_sum(tf.square(rotated), axis=-1)
 
 
@@ -120,7 +120,7 @@ class ExactKernel(NamedTuple):
             factors = self.factors[:, tf.newaxis]
             mapped = x[:, :, :, tf.newaxis] * factors
         else:
-            mapped = tf.einsum("bhtd,hcde->bhtce", x, self.factors)
+            mapped = _by_component(x, self.factors)
         return mapped, 0.5 * tf.reduce_sum(tf.square(mapped), axis=-1)
 
     def _join(self, mapped, *coordinates):
@@ -159,6 +159,12 @@ class TrigonometricMap(NamedTuple):
             ],
             axis=-1,
         )
+
+
+def _by_component(x, factors):
+    """x under each component's factor, `(batch, heads, t, c, e)`."""
+    mapped = precise_product(x[:, :, tf.newaxis], factors)
+    return tf.einsum("bhcte->bhtce", mapped)
 
 
 def precise_product(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:

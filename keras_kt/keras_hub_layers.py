@@ -59,6 +59,14 @@ class CachedKernelizedAttention(KernelizedAttention):
                 training=training,
                 use_causal_mask=is_causal,
             )
+        if self.decay or self.near_field:
+            raise ValueError(
+                "A key-value cache does not tell how far its keys are, which "
+                "`decay` and `near_field` go by. Received: a cache for "
+                f"{self.name!r} with decay={self.decay!r}, near_field="
+                f"{self.near_field}. Convert without them, or stream with "
+                "`step`."
+            )
         keys, values = cache[:, 0], cache[:, 1]
         if cache_update_index is not None:
             start = [0, cache_update_index, 0, 0]

@@ -577,7 +577,9 @@ def _band(query, tokens, kernel, window, use_causal_mask):
 def _near_weights(query, key, value, elapsed, keep, use_causal_mask):
     """`_band` within chunks `(batch, chunk, token, heads, …)`."""
     window = query.shape[2]
-    logits = tf.einsum("bnthcd,bnshcd->bnhcts", query, key)
+    logits = feature_maps.precise_product(
+        tf.einsum("bnthcd->bnhctd", query), tf.einsum("bnshcd->bnhcds", key)
+    )
     if logits.shape[3] > 1:
         logits = tf.reduce_logsumexp(logits, axis=3)
     else:

@@ -461,6 +461,27 @@ def test_errors_are_those_of_the_scores():
         )
 
 
+@pytest.mark.parametrize("make, inputs", [(functional, tokens)])
+def test_a_near_field_of_the_whole_length_is_the_original(make, inputs):
+    """Calibrated too, with the queries' mean in the kernel: no closed form is
+    estimated then, and the errors are measured with the near field."""
+    model, x = make(), inputs()
+    converted, _ = keras_kt.convert_attention(model, near_field=LENGTH)
+    report = keras_kt.calibrate(converted, x, budget=4 * KEY_DIM)
+    for errors in (report.before, report.after):
+        assert max(head.matrix for head in errors.heads) < 1e-4
+    np.testing.assert_allclose(converted(x), model(x), atol=1e-4)
+    short, _ = keras_kt.convert_attention(model, near_field=2)
+    errors = keras_kt.attention_error(short, x)
+    assert min(head.matrix for head in errors.heads) > 1e-2
+
+
+def test_what_forgets_stands_for_no_softmax():
+    converted, _ = keras_kt.convert_attention(one_layer(), decay="constant")
+    with pytest.raises(ValueError, match="forgets stands for no softmax"):
+        keras_kt.calibrate(converted, floats())
+
+
 def test_teachers_layers_are_found_whatever_keras_names_them():
     x = keras.Input((None, WIDTH))
     model = perturbed(keras.Model(x, Outer()(x)))

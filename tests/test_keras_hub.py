@@ -141,3 +141,17 @@ def test_generation_with_a_cache_is_generation_without():
         )
         ids[:, end] = tf.argmax(logits[:, end - 1], axis=-1)
     np.testing.assert_array_equal(produced, ids)
+
+
+@pytest.mark.parametrize("option", [{"near_field": 3}, {"decay": "gated"}])
+def test_a_cache_does_not_go_with_distances(option):
+    converted, _ = keras_kt.convert_attention(gpt2(), dropout=0.0, **option)
+    layers = [
+        layer
+        for layer in converted._flatten_layers()
+        if isinstance(layer, keras_kt.CachedKernelizedAttention)
+    ]
+    x = np.zeros((1, 1, 8), "float32")
+    cache = np.zeros((1, 2, 11, 2, 4), "float32")
+    with pytest.raises(ValueError, match="cache does not tell how far"):
+        layers[0](x, x, cache=cache, cache_update_index=0)

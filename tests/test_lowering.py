@@ -118,16 +118,29 @@ def test_projection_survives_rounded_products(monkeypatch):
         assert error < 2**-7
 
 
-@pytest.mark.parametrize("feature_map", ["positive", "trigonometric"])
-def test_split_projection_is_lowered(feature_map, monkeypatch):
+# Queries and keys are projected once, with positive features once more in the
+# exact form that stands by. A mixture's exponents take a product each too, and
+# a near field one for its logits.
+@pytest.mark.parametrize(
+    "options, split",
+    [
+        ({"feature_map": "positive"}, 4),
+        ({"feature_map": "trigonometric"}, 2),
+        ({"spectral_prior": "mixture"}, 8),
+        ({"near_field": 3}, 5),
+    ],
+)
+def test_split_products_are_lowered(options, split, monkeypatch):
     """XLA keeps all three products, and the layer's outputs its values."""
     x = keras.random.normal((2, 50, WIDTH), seed=0)
-    layer = keras_kt.KernelizedAttention(3, 4, feature_map=feature_map)
-    plain = layer(x, x)
+    layer = keras_kt.KernelizedAttention(3, 4, **options)
+    plain = layer(x, x, use_causal_mask=True)
 
     def products():
         function = tf.function(
-            lambda x: layer(x, x), jit_compile=True, autograph=False
+            lambda x: layer(x, x, use_causal_mask=True),
+            jit_compile=True,
+            autograph=False,
         )
         # The part left out, enlarged by signed normalisers.
         np.testing.assert_allclose(function(x), plain, atol=5e-4)
@@ -136,8 +149,8 @@ def test_split_projection_is_lowered(feature_map, monkeypatch):
 
     before = products()
     monkeypatch.setattr(feature_maps, "_rounds_products", lambda: True)
-    # Queries and keys: three products each instead of one.
-    assert products() == before + 4
+    # Three products instead of one.
+    assert products() == before + 2 * split
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

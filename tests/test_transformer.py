@@ -136,6 +136,20 @@ def test_steps_of_any_size_equal_the_whole(cuts, local_context, has_encoder):
     np.testing.assert_allclose(tf.concat(parts, 1), whole, atol=1e-5)
 
 
+def test_options_of_the_layer_stream_too():
+    block = decoder(decay="gated", near_field=3, spectral_prior="mixture")
+    x = normal(2, 11, WIDTH)
+    whole, state = block(x), block.initial_state(2)
+    assert isinstance(state.attention, keras_kt.NearFieldState)
+    first, state = block.step(x[:, :7], state)
+    rest, _ = block.step(x[:, 7:], state)
+    np.testing.assert_allclose(tf.concat([first, rest], 1), whole, atol=1e-5)
+    again = keras_kt.KernelizedTransformerDecoder.from_config(
+        block.get_config()
+    )
+    assert again.attention_options["near_field"] == 3
+
+
 def test_future_tokens_do_not_change_the_past():
     block = decoder(local_context=4)
     x = normal(2, 11, WIDTH)
