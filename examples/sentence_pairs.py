@@ -26,6 +26,7 @@ from pathlib import Path
 
 import common
 import keras
+import language_model
 import numpy as np
 import tensorflow as tf
 import tensorflow_text
@@ -317,25 +318,16 @@ def pretraining_args(args):
 
 def read_documents(args):
     """Texts to learn the vocabulary from and to pretrain on, shuffled."""
-    folder, path = args.data_dir, args.text
-    unpacked, packed = folder / "aclImdb", folder / "imdb_unlabelled.npz"
-    if path and path.exists():
-        lines = path.read_bytes().splitlines()
+    if args.text is None:
+        documents = language_model.read_reviews(args.data_dir)
+    elif args.text.exists():
+        lines = args.text.read_bytes().splitlines()
         documents = [line for line in lines if line.strip()]
-    elif path is None and unpacked.is_dir():
-        paths = sorted((unpacked / "train" / "unsup").glob("*.txt"))
-        documents = [file.read_bytes() for file in paths]
-    elif path is None and packed.exists():
-        with np.load(packed) as arrays:
-            data, offsets = arrays["data"].tobytes(), arrays["offsets"]
-        pairs = zip(offsets[:-1], offsets[1:], strict=True)
-        documents = [data[start:end] for start, end in pairs]
     else:
         sys.exit(
-            "Pretraining expects --text, a text file, or aclImdb/ or "
-            f"imdb_unlabelled.npz in --data-dir. Received: {path or folder}. "
-            "Unpack aclImdb_v1.tar.gz from "
-            "https://ai.stanford.edu/~amaas/data/sentiment/ there."
+            "--text must be a text file, a document a line. Received: "
+            f"{args.text}, which does not exist. Without it the reviews of "
+            "IMDb are read from --data-dir."
         )
     order = np.random.default_rng(0).permutation(len(documents))
     return [documents[i].replace(b"<br />", b" ") for i in order]
