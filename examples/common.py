@@ -299,13 +299,16 @@ def parse_args(doc, presets, extra=None):
     add("--draw-examples", type=int, default=2000, help="test examples of each")
     if extra:
         extra(parser)
+    layer = parser.add_argument_group("of any kernelized attention")
+    layer.add_argument("--decay", choices=("constant", "gated"))
+    layer.add_argument("--near-field", type=int, help="tokens")
     kernel = parser.add_argument_group("of PRIOR:MAP")
     kernel.add_argument("--num-features", type=int, help="of each head")
     kernel.add_argument("--components", type=int, help="of a mixture")
     kernel.add_argument("--prefactor", choices=("softmax", "gaussian"))
     kernel.add_argument("--smoothing", type=float, help="of trigonometric maps")
-    kernel.add_argument("--qk-norm", choices=("none", "l2"), default="none")
-    kernel.add_argument("--redraw", choices=("never", "step"), default="never")
+    kernel.add_argument("--qk-norm", choices=("l2",))
+    kernel.add_argument("--redraw", choices=("step",))
     sizes = parser.add_argument_group("in place of the preset's")
     for field in dataclasses.fields(Preset):
         kind = float if field.type is float else int
@@ -338,6 +341,17 @@ MAPS = {
 }
 
 
+_LAYER_FLAGS = ("decay", "near_field")
+_KERNEL_FLAGS = (
+    "num_features",
+    "components",
+    "prefactor",
+    "smoothing",
+    "qk_norm",
+    "redraw",
+)
+
+
 def attention_options(args):
     """Arguments of `KernelizedAttention` for `args.attention`.
 
@@ -345,10 +359,16 @@ def attention_options(args):
         A dictionary, or `None` for softmax.
     """
     name = args.attention
+    is_system = name in keras_kt.PAPER_SYSTEMS
+    if name == "softmax" or is_system:
+        own = (*_KERNEL_FLAGS, *(() if is_system else _LAYER_FLAGS))
+        for flag in own:
+            _given(False, **{flag: getattr(args, flag)})
     if name == "softmax":
         return None
-    if name in keras_kt.PAPER_SYSTEMS:
-        return keras_kt.paper_system(name, args.preset.key_dim)
+    layer = {flag: getattr(args, flag) for flag in _LAYER_FLAGS}
+    if is_system:
+        return keras_kt.paper_system(name, args.preset.key_dim) | layer
     prior, _, feature_map = name.partition(":")
     if prior not in PRIORS or feature_map not in MAPS:
         raise ValueError(
@@ -366,8 +386,9 @@ def attention_options(args):
             **_given(feature_map != "positive", smoothing=args.smoothing),
         ),
         "num_features": args.num_features,
-        "qk_norm": None if args.qk_norm == "none" else args.qk_norm,
-        "redraw": args.redraw,
+        "qk_norm": args.qk_norm,
+        "redraw": args.redraw or "never",
+        **layer,
     }
 
 

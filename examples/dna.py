@@ -25,6 +25,7 @@ import numpy as np
 PRESETS = {
     "cpu": common.Preset(
         length=1500,
+        stride=4,
         blocks=2,
         width=64,
         heads=4,

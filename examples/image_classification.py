@@ -31,6 +31,7 @@ import tensorflow as tf
 
 CPU = common.Preset(
     length=1024,
+    stride=4,
     blocks=2,
     width=64,
     heads=4,

@@ -9,7 +9,8 @@ file is not run again, what has a checkpoint is resumed.
         softmax GMM-PRF --seeds 0 1 2 --jobs 2
     python examples/sweep.py --report                       # tables only
 
-Flags after `--` go to every run: `-- --steps 20` for a trial.
+Flags after `--` go to every run: `-- --steps 20` for a trial. Flags beside a
+name go to its runs, for ablations: `--attention "normal:positive --qk-norm l2"`.
 """
 
 import argparse
@@ -119,7 +120,7 @@ def run(job, args):
         sys.executable,
         str(HERE / script),
         *flags,
-        *("--attention", attention, "--seed", str(seed)),
+        *("--attention", *attention.split(), "--seed", str(seed)),
         *("--data-dir", str(args.data_dir)),
         *("--output", str(result_path(job, args))),
         *("--checkpoints", str(args.work / label)),
@@ -144,7 +145,8 @@ def run(job, args):
 
 def name(job):
     task, attention, seed = job
-    return f"{task}-{attention.replace(':', '-')}-{seed}"
+    words = attention.replace(":", " ").replace("--", "").split()
+    return "-".join((task, *words, str(seed)))
 
 
 def result_path(job, args):
@@ -159,7 +161,8 @@ def read_records(folder):
         task = next(
             (t for t in TASKS if path.stem.startswith(f"{t}-")), path.stem
         )
-        records[task][record["arguments"]["attention"]].append(record)
+        label = path.stem.removeprefix(f"{task}-").rpartition("-")[0]
+        records[task][label].append(record)
     return records
 
 
