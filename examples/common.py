@@ -296,7 +296,7 @@ def parse_args(doc, presets, extra=None):
     add("--save-every", type=int, default=200, help="steps")
     add("--validations", type=int, default=10, help="default: %(default)s")
     add("--draws", type=int, default=10, help="fresh draws to test with")
-    add("--draw-examples", type=int, default=2000, help="test examples of each")
+    add("--draw-examples", type=int, default=1000, help="test examples of each")
     if extra:
         extra(parser)
     layer = parser.add_argument_group("of any kernelized attention")

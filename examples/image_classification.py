@@ -39,7 +39,7 @@ CPU = common.Preset(
     hidden=128,
     batch_size=32,
     steps=1000,
-    learning_rate=2e-3,
+    learning_rate=4e-3,
     dropout=0.0,
 )
 # Long Range Arena's configurations; nobody has published one of MNIST-5k.

@@ -40,8 +40,8 @@ PRESETS = {
         key_dim=16,
         hidden=128,
         batch_size=32,
-        steps=2000,
-        learning_rate=2e-3,
+        steps=1500,
+        learning_rate=3e-3,
         dropout=0.0,
     ),
     "paper": common.Preset(

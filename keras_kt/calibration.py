@@ -9,9 +9,9 @@ is: for each head
 
 with means a, b, and T such that q' and k' have the same second moments, which
 are diagonal and of the least possible trace (the matrix form of the balancing
-in SADERF, arXiv 2302.00787). T, a and b are folded into the projections, so the
-layer is as fast as before. `distil` trains the spectral prior on a teacher's
-attention, layer by layer.
+in SADERF, arXiv 2302.00787), and from there by descent of the measured error.
+T, a and b are folded into the projections, so the layer is as fast as before.
+`distil` trains the spectral prior on a teacher's attention, layer by layer.
 """
 
 from typing import NamedTuple
@@ -26,6 +26,8 @@ from keras_kt.conversion import replace_layer
 TARGETS = ("output", "matrix")
 # Second moments are regularised by this share of their mean eigenvalue.
 _SHRINKAGE = 1e-4
+# Of the gradient descent, in units of T and of a token's deviation.
+_REFINING_RATE = 1e-2
 # Blocks of features that a layer may get within a budget.
 _BLOCKS = (1, 2, 4, 8, 16)
 
@@ -55,7 +57,7 @@ class CalibrationReport(NamedTuple):
         return "\n".join(lines)
 
 
-def calibrate(model, data, *, budget=None, batches=1):
+def calibrate(model, data, *, budget=None, batches=1, steps=100):
     """Moves queries and keys of a converted model to where features are good.
 
     Changes the model in place: weights of the query and key projections, the
@@ -72,6 +74,7 @@ def calibrate(model, data, *, budget=None, batches=1):
             error most, in whole blocks of 2 · key_dim. Defaults to `None`,
             which leaves D as it is. The model must be compiled again.
         batches: how many batches to take of a dataset or iterator.
+        steps: of gradient descent on a, b and T, one example each. 0 for none.
 
     Returns:
         `CalibrationReport`: errors of each head before and after.
@@ -94,7 +97,7 @@ def calibrate(model, data, *, budget=None, batches=1):
             continue
         if item.layer.key_dense.bias is None:
             notes[item.path] = "not centred: its projections have no biases"
-        moved.append(_move(item))
+        moved.append(_move(item, steps))
     if budget is not None:
         _spend(moved, budget)
         model.compiled = False
@@ -186,65 +189,245 @@ def _cannot_move(layer):
     return None
 
 
-def _move(item):
-    """Centres and balances one layer; returns what it attends to now."""
+class _Change(NamedTuple):
+    """New coordinates of a layer's queries and keys, for each head.
+
+    Attributes:
+        shift_q, shift_k: `(heads, key_dim)`, a and b.
+        maps: `(heads, key_dim, key_dim)`, T.
+    """
+
+    shift_q: np.ndarray
+    shift_k: np.ndarray
+    maps: np.ndarray
+
+
+def _move(item, steps):
+    """Gives one layer the best coordinates; returns what it attends to now.
+
+    The best of several, by the measured error of each head: those it has, those
+    of the theory with tokens weighed alike or by their squared attention
+    weights, which is what the error of the matrix weighs, and those of gradient
+    descent from the best of them.
+    """
+    candidates = [_unchanged(item.layer)]
+    for weights in (None, _squared_weights(item)):
+        candidates.append(_least_variance(item, weights))
+    best, errors = _best_of(item, candidates)
+    if steps:
+        best, _ = _best_of(item, [best, _refined(item, best, steps)], errors)
+    _fold(item.layer, best)
+    return _moved(item, best)
+
+
+def _unchanged(layer):
+    shape = layer.num_heads, layer.key_dim
+    maps = np.broadcast_to(np.eye(layer.key_dim), (*shape, layer.key_dim))
+    return _Change(np.zeros(shape), np.zeros(shape), maps)
+
+
+def _can_shift(layer):
+    """Whether queries and keys can be shifted without a change of weights."""
+    keys = layer.key_dense.bias is not None
+    tilted = attention_errors.has_tilt(layer) and layer.spectral_prior.per_head
+    return keys and tilted, keys
+
+
+def _squared_weights(item):
+    """Squared attention weights of each visible query and of each key."""
+    sums = []
+    for axis, seen in ((-1, -1), (-2, -2)):
+        rows = []
+        for weights, visible in zip(item.weights, item.visible, strict=True):
+            # Heads may share a mask.
+            total = np.sum(np.square(weights, dtype="float64"), axis=axis)
+            taken = np.any(visible, axis=(1, seen))
+            rows.append(np.swapaxes(total, 1, 2)[taken])
+        sums.append(np.swapaxes(np.concatenate(rows), 0, 1))
+    return sums
+
+
+def _least_variance(item, weights):
+    """Means a, b and the map T of least variance, of weighed tokens."""
     layer, scale = item.layer, item.layer.key_dim**-0.25
-    query, key = attention_errors.visible_tokens(item)
-    dense_q, dense_k = layer.query_dense, layer.key_dense
-    has_bias = dense_k.bias is not None
-    shift_q = np.zeros((layer.num_heads, layer.key_dim))
-    shift_k = shift_q.copy()
-    if has_bias:
-        shift_k = key.mean(axis=1)
-        if attention_errors.has_tilt(layer) and layer.spectral_prior.per_head:
-            shift_q = query.mean(axis=1)
-    maps = np.stack(
-        [
-            _balancing(scale * (q - a), scale * (k - b))
-            for q, k, a, b in zip(query, key, shift_q, shift_k, strict=True)
-        ]
-    )
-    # k·q is unchanged by T on queries and its inverse transpose on keys.
-    inverse = np.swapaxes(np.linalg.inv(maps), -1, -2)
-    for dense, shift, change in (
-        (dense_q, shift_q, maps),
-        (dense_k, shift_k, inverse),
-    ):
-        kernel = np.asarray(dense.kernel, "float64")
-        dense.kernel.assign(np.einsum("xhd,hed->xhe", kernel, change))
-        if has_bias:
-            bias = np.asarray(dense.bias, "float64") - shift
-            dense.bias.assign(np.einsum("hd,hed->he", bias, change))
-    if attention_errors.has_tilt(layer) and layer.spectral_prior.per_head:
-        mean = layer.spectral_prior.mean.numpy()[:, 0] + scale * shift_q
-        mean = np.einsum("hd,hed->he", mean, maps)
-        layer.spectral_prior._mean.assign(mean[:, np.newaxis])
-    moved = [
-        tuple(
-            np.einsum("bthd,hed->bthe", x - shift, change).astype("float32")
-            for x in parts
-        )
-        for parts, shift, change in (
-            (item.query, shift_q, maps),
-            (item.key, shift_k, inverse),
+    tokens = attention_errors.visible_tokens(item)
+    if weights is None:
+        weights = [np.ones(x.shape[:2]) for x in tokens]
+    weights = [w / np.sum(w, axis=1, keepdims=True) for w in weights]
+    change = _unchanged(layer)
+    shifts = [
+        np.einsum("ht,htd->hd", w, x) if possible else zero
+        for w, x, possible, zero in zip(
+            weights, tokens, _can_shift(layer), change, strict=False
         )
     ]
-    return item._replace(query=moved[0], key=moved[1])
+    moments = [
+        np.einsum("ht,htd,hte->hde", w, x - shift, x - shift)
+        for w, x, shift in zip(
+            weights, tokens, (s[:, np.newaxis] for s in shifts), strict=True
+        )
+    ]
+    maps = [
+        _balancing(scale**2 * q, scale**2 * k)
+        for q, k in zip(*moments, strict=True)
+    ]
+    return _Change(*shifts, np.stack(maps))
 
 
-def _balancing(query, key):
+def _best_of(item, candidates, errors=None):
+    """The best change of each head, and its error; `errors` of the first."""
+    measured = [] if errors is None else [errors]
+    for change in candidates[len(measured) :]:
+        measured.append(_errors(item, change))
+    winners = np.argmin(measured, axis=0)
+    heads = np.arange(len(winners))
+    best = _Change(
+        *(
+            np.stack(parts)[winners, heads]
+            for parts in zip(*candidates, strict=True)
+        )
+    )
+    return best, np.min(measured, axis=0)
+
+
+def _errors(item, change):
+    """Squared relative error of each head's attention matrix."""
+    sums = sum(
+        np.stack(_squared_error(item.layer, change, one))
+        for one in _examples(item)
+    )
+    return sums[0] / np.maximum(sums[1], 1e-30)
+
+
+def _examples(item):
+    """Queries, keys, masks and weights of one example after another."""
+    for query, key, _, visible, weights in zip(*item[2:], strict=True):
+        for one in range(query.shape[0]):
+            yield [x[one : one + 1] for x in (query, key, visible, weights)]
+
+
+def _squared_error(layer, change, example):
+    """Sums of squares, by head: of the matrix's error, and of the matrix."""
+    query, key, visible, weights = map(tf.convert_to_tensor, example)
+    change = _Change(*(tf.cast(x, tf.float32) for x in change))
+    inverse = tf.linalg.matrix_transpose(tf.linalg.inv(change.maps))
+    _, estimated = attention_errors.estimate(
+        layer,
+        tf.einsum("bthd,hed->bthe", query - change.shift_q, change.maps),
+        tf.einsum("bthd,hed->bthe", key - change.shift_k, inverse),
+        tf.zeros_like(key),
+        visible,
+        lambda: _shifted_prior(layer, change),
+    )
+    axes = (0, 2, 3)
+    return (
+        tf.reduce_sum(tf.square(estimated - weights), axes),
+        tf.reduce_sum(tf.square(weights), axes),
+    )
+
+
+def _shifted_prior(layer, change):
+    """The layer's frequencies with the mean that a change of it needs."""
+    frequencies = layer.spectral_prior()
+    if not _can_shift(layer)[0]:
+        return frequencies
+    return frequencies._replace(means=_new_mean(layer, change)[:, tf.newaxis])
+
+
+def _new_mean(layer, change):
+    """`(heads, key_dim)`, the prior's mean in the new coordinates."""
+    mean = layer.spectral_prior.mean[:, 0]
+    shifted = mean + layer.key_dim**-0.25 * change.shift_q
+    return tf.einsum("hd,hed->he", shifted, change.maps)
+
+
+def _refined(item, change, steps):
+    """Gradient descent of the error from a change of coordinates."""
+    layer = item.layer
+    scales = [
+        np.std(x, axis=1) + 1e-6 for x in attention_errors.visible_tokens(item)
+    ]
+    corrections = [tf.Variable(tf.zeros(x.shape)) for x in change]
+    start = [tf.constant(x, tf.float32) for x in change]
+    scales = [tf.constant(x, tf.float32) for x in scales]
+    can_shift = _can_shift(layer)
+
+    def corrected():
+        shifts = [
+            a + float(possible) * scale * correction
+            for a, possible, scale, correction in zip(
+                start, can_shift, scales, corrections, strict=False
+            )
+        ]
+        identity = tf.eye(layer.key_dim)
+        return _Change(*shifts, (identity + corrections[2]) @ start[2])
+
+    optimizer = keras.optimizers.Adam(
+        keras.optimizers.schedules.CosineDecay(_REFINING_RATE, steps)
+    )
+    optimizer.build(corrections)
+
+    @tf.function(reduce_retracing=True)
+    def step(*example):
+        with tf.GradientTape() as tape:
+            error, total = _squared_error(layer, corrected(), example)
+            loss = tf.reduce_sum(error / (total + 1e-9))
+        gradients = tape.gradient(
+            loss, corrections, unconnected_gradients="zero"
+        )
+        optimizer.apply_gradients(zip(gradients, corrections, strict=True))
+
+    examples = list(_examples(item))
+    for number in range(steps):
+        step(*map(tf.convert_to_tensor, examples[number % len(examples)]))
+    return _Change(*(x.numpy().astype("float64") for x in corrected()))
+
+
+def _fold(layer, change):
+    """Writes a change into the projections and the prior's mean."""
+    # k·q is unchanged by T on queries and its inverse transpose on keys.
+    inverse = np.swapaxes(np.linalg.inv(change.maps), -1, -2)
+    if _can_shift(layer)[0]:
+        mean = _new_mean(
+            layer, _Change(*(tf.cast(x, tf.float32) for x in change))
+        )
+        layer.spectral_prior._mean.assign(mean[:, tf.newaxis])
+    for dense, shift, maps in (
+        (layer.query_dense, change.shift_q, change.maps),
+        (layer.key_dense, change.shift_k, inverse),
+    ):
+        kernel = np.asarray(dense.kernel, "float64")
+        dense.kernel.assign(np.einsum("xhd,hed->xhe", kernel, maps))
+        if dense.bias is not None:
+            bias = np.asarray(dense.bias, "float64") - shift
+            dense.bias.assign(np.einsum("hd,hed->he", bias, maps))
+
+
+def _moved(item, change):
+    inverse = np.swapaxes(np.linalg.inv(change.maps), -1, -2)
+    query, key = (
+        tuple(
+            np.einsum("bthd,hed->bthe", x - shift, maps).astype("float32")
+            for x in parts
+        )
+        for parts, shift, maps in (
+            (item.query, change.shift_q, change.maps),
+            (item.key, change.shift_k, inverse),
+        )
+    )
+    return item._replace(query=query, key=key)
+
+
+def _balancing(*moments):
     """T that gives T q and T⁻ᵀ k the same diagonal second moments.
 
     Of all T it has the least E|T q|² + E|T⁻ᵀ k|²: TᵀT is the geometric mean of
     the inverse moments of q and the moments of k.
     """
-    moments = []
-    for x in (query, key):
-        moment = x.T @ x / len(x)
-        level = np.trace(moment) / len(moment)
-        moments.append(
-            moment + (_SHRINKAGE * level + 1e-12) * np.eye(len(moment))
-        )
+    moments = [
+        m + (_SHRINKAGE * np.trace(m) / len(m) + 1e-12) * np.eye(len(m))
+        for m in moments
+    ]
     root, inverse_root = _power(moments[0], 0.5), _power(moments[0], -0.5)
     middle = _power(root @ moments[1] @ root, 0.5)
     balance = _power(inverse_root @ middle @ inverse_root, 0.5)

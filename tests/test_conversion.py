@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
-from keras_kt import kernels
+from keras_kt import attention_errors, calibration, kernels
 from tests import cases, reference
 
 WIDTH, HEADS, KEY_DIM, LENGTH = 6, 3, 5, 11
@@ -409,10 +409,11 @@ def test_calibration_leaves_softmax_as_it_was(use_bias):
     assert tilt > 0.1 if use_bias else tilt == 0.0
 
 
-def test_calibration_balances_and_decorrelates():
+def test_least_variance_balances_and_decorrelates():
     converted, _ = keras_kt.convert_attention(one_layer())
-    keras_kt.calibrate(converted, floats(61))
     layer, x = converted.get_layer("attention"), floats(61)
+    (item,) = attention_errors.capture(converted, x, 1)
+    calibration._fold(layer, calibration._least_variance(item, None))
     q, k = (
         np.reshape(dense(x), (-1, HEADS, KEY_DIM))
         for dense in (layer.query_dense, layer.key_dense)
@@ -425,6 +426,23 @@ def test_calibration_balances_and_decorrelates():
         np.testing.assert_allclose(of_q, of_k, atol=0.01 * level)
         off_diagonal = of_q - np.diag(np.diag(of_q))
         np.testing.assert_allclose(off_diagonal, 0.0, atol=0.01 * level)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+def test_calibration_makes_no_head_worse(scale):
+    """On what it was calibrated on; descent helps on other inputs too."""
+    model, x = one_layer(scale), floats(61, seed=9)
+    errors = []
+    for steps in (0, 100):
+        converted, _ = keras_kt.convert_attention(model, num_features=20)
+        report = keras_kt.calibrate(converted, floats(61), steps=steps)
+        for before, after in zip(
+            report.before.heads, report.after.heads, strict=True
+        ):
+            assert after.matrix <= before.matrix * (1 + 1e-5)
+        errors.append(keras_kt.attention_error(converted, x))
+    with_none, with_descent = (e.layers["attention"] for e in errors)
+    assert with_descent < with_none
 
 
 def test_calibration_halves_the_error_of_plain_orthogonal_features():
