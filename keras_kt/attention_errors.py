@@ -46,9 +46,12 @@ class HeadError(NamedTuple):
         """What the errors mean."""
         if self.matrix <= max(0.5 * self.uniform, 0.05):
             return "follows softmax"
-        if self.matrix < self.uniform:
+        if self.matrix < 0.9 * self.uniform:
             return "rough: distil or fine-tune"
-        return "hopeless: worse than uniform attention; keep softmax or retrain"
+        return (
+            "hopeless: hardly better than uniform attention, if at all; keep "
+            "softmax or retrain"
+        )
 
 
 class AttentionErrors(NamedTuple):

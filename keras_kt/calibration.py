@@ -88,19 +88,26 @@ def calibrate(model, data, *, budget=None, batches=1, steps=100):
                 f"Received: budget={budget}, and a layer needs {least}."
             )
     before = attention_errors.errors_of(captured)
-    notes, moved = {}, []
+    notes, moved, unmoved = {}, [], set()
     for item in captured:
         reason = _cannot_move(item.layer)
         if reason:
             notes[item.path] = reason
+            unmoved.add(item.path)
             moved.append(item)
             continue
         if item.layer.key_dense.bias is None:
             notes[item.path] = "not centred: its projections have no biases"
-        moved.append(_move(item, steps))
+        moved.append(_balance(item))
     if budget is not None:
         _spend(moved, budget)
         model.compiled = False
+    if steps:
+        # Last, since it is for the draw that the layer has.
+        moved = [
+            item if item.path in unmoved else _descend(item, steps)
+            for item in moved
+        ]
     after = attention_errors.errors_of(moved)
     return CalibrationReport(before, after, notes)
 
@@ -202,22 +209,36 @@ class _Change(NamedTuple):
     maps: np.ndarray
 
 
-def _move(item, steps):
-    """Gives one layer the best coordinates; returns what it attends to now.
+def _balance(item):
+    """Gives one layer coordinates of little variance.
 
-    The best of several, by the measured error of each head: those it has, those
-    of the theory with tokens weighed alike or by their squared attention
-    weights, which is what the error of the matrix weighs, and those of gradient
-    descent from the best of them.
+    The best of three, by the measured error of each head: those it has, and
+    those of the theory, with tokens weighed alike or by their squared attention
+    weights, which is how the error of the matrix weighs them.
     """
     candidates = [_unchanged(item.layer)]
     for weights in (None, _squared_weights(item)):
         candidates.append(_least_variance(item, weights))
-    best, errors = _best_of(item, candidates)
-    if steps:
-        best, _ = _best_of(item, [best, _refined(item, best, steps)], errors)
-    _fold(item.layer, best)
-    return _moved(item, best)
+    return _fold(item, _best_of(item, candidates))
+
+
+def _descend(item, steps):
+    """Gives one layer what gradient descent finds, where that is better.
+
+    Every other example is for the descent and the rest decide.
+    """
+    rest = _part(item, 1)
+    start = _unchanged(item.layer)
+    found = _refined(_part(item, 0), start, steps)
+    return _fold(item, _best_of(rest, [start, found]))
+
+
+def _part(item, offset):
+    """Every other example, if there are as many."""
+    examples = [tuple(x) for x in zip(*_examples(item), strict=True)]
+    if len(examples[0]) > 1:
+        examples = [x[offset::2] for x in examples]
+    return item._replace(**dict(zip(item._fields[2:], examples, strict=True)))
 
 
 def _unchanged(layer):
@@ -274,48 +295,43 @@ def _least_variance(item, weights):
     return _Change(*shifts, np.stack(maps))
 
 
-def _best_of(item, candidates, errors=None):
-    """The best change of each head, and its error; `errors` of the first."""
-    measured = [] if errors is None else [errors]
-    for change in candidates[len(measured) :]:
-        measured.append(_errors(item, change))
-    winners = np.argmin(measured, axis=0)
+def _best_of(item, candidates):
+    """The change with the least measured error, for each head."""
+    winners = np.argmin([_errors(item, x) for x in candidates], axis=0)
     heads = np.arange(len(winners))
-    best = _Change(
+    return _Change(
         *(
             np.stack(parts)[winners, heads]
             for parts in zip(*candidates, strict=True)
         )
     )
-    return best, np.min(measured, axis=0)
 
 
 def _errors(item, change):
     """Squared relative error of each head's attention matrix."""
     sums = sum(
-        np.stack(_squared_error(item.layer, change, one))
+        np.stack(_squared_error(item.layer, change, *one))
         for one in _examples(item)
     )
     return sums[0] / np.maximum(sums[1], 1e-30)
 
 
 def _examples(item):
-    """Queries, keys, masks and weights of one example after another."""
-    for query, key, _, visible, weights in zip(*item[2:], strict=True):
-        for one in range(query.shape[0]):
-            yield [x[one : one + 1] for x in (query, key, visible, weights)]
+    """Queries, keys, values, masks and weights, one example after another."""
+    for batch in zip(*item[2:], strict=True):
+        for one in range(batch[0].shape[0]):
+            yield [x[one : one + 1] for x in batch]
 
 
-def _squared_error(layer, change, example):
+def _squared_error(layer, change, query, key, value, visible, weights):
     """Sums of squares, by head: of the matrix's error, and of the matrix."""
-    query, key, visible, weights = map(tf.convert_to_tensor, example)
     change = _Change(*(tf.cast(x, tf.float32) for x in change))
     inverse = tf.linalg.matrix_transpose(tf.linalg.inv(change.maps))
     _, estimated = attention_errors.estimate(
         layer,
         tf.einsum("bthd,hed->bthe", query - change.shift_q, change.maps),
         tf.einsum("bthd,hed->bthe", key - change.shift_k, inverse),
-        tf.zeros_like(key),
+        value,
         visible,
         lambda: _shifted_prior(layer, change),
     )
@@ -370,21 +386,29 @@ def _refined(item, change, steps):
     @tf.function(reduce_retracing=True)
     def step(*example):
         with tf.GradientTape() as tape:
-            error, total = _squared_error(layer, corrected(), example)
+            error, total = _squared_error(layer, corrected(), *example)
             loss = tf.reduce_sum(error / (total + 1e-9))
         gradients = tape.gradient(
             loss, corrections, unconnected_gradients="zero"
         )
         optimizer.apply_gradients(zip(gradients, corrections, strict=True))
 
-    examples = list(_examples(item))
+    examples = [
+        [tf.convert_to_tensor(x) for x in example]
+        for example in _examples(item)
+    ]
     for number in range(steps):
-        step(*map(tf.convert_to_tensor, examples[number % len(examples)]))
+        step(*examples[number % len(examples)])
     return _Change(*(x.numpy().astype("float64") for x in corrected()))
 
 
-def _fold(layer, change):
-    """Writes a change into the projections and the prior's mean."""
+def _fold(item, change):
+    """Writes a change into the projections and the prior's mean.
+
+    Returns:
+        What the layer attends to then.
+    """
+    layer = item.layer
     # k·q is unchanged by T on queries and its inverse transpose on keys.
     inverse = np.swapaxes(np.linalg.inv(change.maps), -1, -2)
     if _can_shift(layer)[0]:
@@ -401,10 +425,6 @@ def _fold(layer, change):
         if dense.bias is not None:
             bias = np.asarray(dense.bias, "float64") - shift
             dense.bias.assign(np.einsum("hd,hed->he", bias, maps))
-
-
-def _moved(item, change):
-    inverse = np.swapaxes(np.linalg.inv(change.maps), -1, -2)
     query, key = (
         tuple(
             np.einsum("bthd,hed->bthe", x - shift, maps).astype("float32")
