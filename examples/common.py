@@ -297,6 +297,7 @@ def parse_args(doc, presets, extra=None):
     add("--validations", type=int, default=10, help="default: %(default)s")
     add("--draws", type=int, default=10, help="fresh draws to test with")
     add("--draw-examples", type=int, default=1000, help="test examples of each")
+    add("--test-examples", type=int, help="at most; default: all")
     if extra:
         extra(parser)
     layer = parser.add_argument_group("of any kernelized attention")
@@ -628,11 +629,15 @@ def run(
     Returns:
         The trained model, and the results as a dictionary.
     """
+    data = data._replace(
+        test=tf.nest.map_structure(lambda a: a[: args.test_examples], data.test)
+    )
     keras.utils.set_random_seed(args.seed)
     strategy = make_strategy(args)
     with strategy.scope():
         model = build_model(args)
         optimizer = make_optimizer(args, model)
+    untrained = kernel_profiles(model)
     print(
         f"{task}: {args.attention}, seed {args.seed}; "
         f"{model.count_params():,} weights, "
@@ -664,6 +669,11 @@ def run(
         "score": score_name,
         "test": evaluate(data.test),
         "fresh_draws": fresh_draws(args, model, data.test, evaluate),
+        "kernels": {
+            "distances": list(DISTANCES),
+            "untrained": untrained,
+            "trained": kernel_profiles(model),
+        },
     }
     draws = results["fresh_draws"]
     spread = (
@@ -785,6 +795,7 @@ UNCHECKED = (
     "draws",
     "output",
     "save_every",
+    "test_examples",
     "validations",
 )
 
@@ -841,6 +852,40 @@ def fresh_draws(args, model, split, evaluate):
     for layer, noise in zip(layers, stored, strict=True):
         layer.spectral_prior.base_noise.assign(noise)
     return results
+
+
+# Of a query from a key, before the layer scales both.
+DISTANCES = tuple(0.25 * step for step in range(41))
+
+
+def kernel_profiles(model, directions=64):
+    """E cos ω·(q − k) against |q − k|: by layer, head and distance.
+
+    It is the shift-invariant kernel that a spectral prior stands for, of the
+    frequencies that are drawn, a mean over directions of q − k.
+    """
+    rng = np.random.default_rng(0)
+    profiles = []
+    for layer in attention_layers(model):
+        draw = layer.spectral_prior()
+        omega = draw.offsets.numpy()
+        count = omega.shape[1] // draw.log_weights.shape[1]
+        if draw.means is not None:
+            omega = omega + np.repeat(draw.means, count, axis=1)
+        weights = np.repeat(np.exp(draw.log_weights), count, axis=1) / count
+        unit = rng.normal(size=(omega.shape[-1], directions))
+        unit /= np.linalg.norm(unit, axis=0)
+        angles = layer.key_dim**-0.25 * omega @ unit
+        profiles.append(
+            [
+                [
+                    round(float(w @ np.cos(distance * a).mean(-1)), 4)
+                    for distance in DISTANCES
+                ]
+                for w, a in zip(weights, angles, strict=True)
+            ]
+        )
+    return profiles
 
 
 def peak_memory():
