@@ -218,10 +218,6 @@ def nearest_neighbour(features, y, train, test):
 def build_model(args):
     tokens = keras.Input((args.preset.length,), dtype="uint8", name="tokens")
     x = keras.layers.Embedding(6, args.preset.width, mask_zero=True)(tokens)
-    x = keras.layers.Dropout(
-        float(os.environ.get("TD", 0)),
-        noise_shape=(None, args.preset.length, 1),
-    )(x)
     x = common.Stem(args.preset.width, args.preset.stride, STEM)(x)
     x = common.pool(common.encode(x, args))
     head = keras.layers.Dense(args.classes, dtype="float32")
