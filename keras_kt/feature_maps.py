@@ -151,14 +151,60 @@ class TrigonometricMap(NamedTuple):
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
         angles = precise_product(x, self.projection)
         constant = tf.sqrt(self.smoothing) * tf.ones_like(angles[..., :1])
+        sine, cosine = _sine_and_cosine(angles)
         return tf.concat(
-            [
-                self.amplitudes * tf.cos(angles),
-                self.amplitudes * tf.sin(angles),
-                constant,
-            ],
+            [self.amplitudes * cosine, self.amplitudes * sine, constant],
             axis=-1,
         )
+
+
+# Angles beyond have no meaning in float32: its numbers lie 2⁻⁶ apart there.
+_LARGEST_ANGLE = 2.0**17
+# π/2 in three parts: products of the first two with whole numbers are exact.
+_HALF_PI = 1.5703125, 4.837512969970703125e-4, 7.549789948768648e-8
+
+
+@tf.custom_gradient
+def _sine_and_cosine(x):
+    """sin x and cos x to 2e-7, of float32.
+
+    XLA's own take about ten times as long on a CPU, one number at a time.
+    Cephes's polynomials on [−π/4, π/4].
+    """
+    x = tf.clip_by_value(x, -_LARGEST_ANGLE, _LARGEST_ANGLE)
+    turns = tf.round(x * (2.0 / math.pi))
+    for part in _HALF_PI:
+        x -= turns * part
+    square = tf.square(x)
+    sine = x + x * square * (
+        -1.6666654611e-1 + square * (8.3321608736e-3 - square * 1.9515295891e-4)
+    )
+    cosine = (1.0 - 0.5 * square) + tf.square(square) * (
+        4.166664568298827e-2
+        + square * (-1.388731625493765e-3 + square * 2.443315711809948e-5)
+    )
+    # Odd quarter turns exchange the two; quarter turns 2 and 3 change the sign
+    # of the sine, 1 and 2 that of the cosine.
+    is_odd = _parity(turns) > 0.5
+    sine, cosine = (
+        tf.where(is_odd, cosine, sine) * _sign(tf.floor(0.5 * turns)),
+        tf.where(is_odd, sine, cosine) * _sign(tf.floor(0.5 * (turns + 1.0))),
+    )
+
+    def gradient(of_sine, of_cosine):
+        return of_sine * cosine - of_cosine * sine
+
+    return (sine, cosine), gradient
+
+
+def _parity(number):
+    """1 where a whole number is odd, else 0."""
+    return number - 2.0 * tf.floor(0.5 * number)
+
+
+def _sign(number):
+    """−1 where a whole number is odd, else 1."""
+    return 1.0 - 2.0 * _parity(number)
 
 
 def _by_component(x, factors):

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 import keras_kt
-from keras_kt import base_noise, kernels
+from keras_kt import base_noise, feature_maps, kernels
 from tests import cases
 
 tfd = tfp.distributions
@@ -302,3 +302,26 @@ def test_softmax_attention_of_a_hand_computed_case():
     mask = np.array([[True, False], [False, False]])
     output, _ = kernels.softmax_attention(query, key, value, mask)
     np.testing.assert_allclose(output, [[3.0], [0.0]])
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_sine_and_cosine(jit_compile):
+    """Against NumPy's in float64; angles without meaning stay finite."""
+    function = tf.function(
+        feature_maps._sine_and_cosine, jit_compile=jit_compile
+    )
+    x = np.linspace(-3000.0, 3000.0, 200_001, dtype="float32")
+    exact = np.sin(x.astype("float64")), np.cos(x.astype("float64"))
+    for got, expected in zip(function(x), exact, strict=True):
+        np.testing.assert_allclose(got, expected, atol=3e-7)
+    with tf.GradientTape() as tape:
+        x = tf.constant(x)
+        tape.watch(x)
+        sine, cosine = function(x)
+        total = 2.0 * sine + 3.0 * cosine
+    np.testing.assert_allclose(
+        tape.gradient(total, x), 2 * exact[1] - 3 * exact[0], atol=2e-6
+    )
+    for got in function(tf.constant([1e30, -np.inf])):
+        assert np.all(np.abs(got) <= 1.0)
+    assert np.isnan(function(tf.constant([np.nan]))).all()
