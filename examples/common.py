@@ -295,6 +295,9 @@ def parse_args(doc, presets, extra=None):
     add("--checkpoints", type=Path, help="a folder; a killed run resumes")
     add("--save-every", type=int, default=200, help="steps")
     add("--validations", type=int, default=10, help="default: %(default)s")
+    add(
+        "--validation-examples", type=int, default=1000, help="of each, at most"
+    )
     add("--draws", type=int, default=10, help="fresh draws to test with")
     add("--draw-examples", type=int, default=1000, help="test examples of each")
     add("--test-examples", type=int, help="at most; default: all")
@@ -630,7 +633,8 @@ def run(
         The trained model, and the results as a dictionary.
     """
     data = data._replace(
-        test=tf.nest.map_structure(lambda a: a[: args.test_examples], data.test)
+        validation=_first(data.validation, args.validation_examples),
+        test=_first(data.test, args.test_examples),
     )
     keras.utils.set_random_seed(args.seed)
     strategy = make_strategy(args)
@@ -691,6 +695,10 @@ def run(
     if is_chief(strategy):
         save_results(output_path(args, task), args, task=task, **results)
     return model, results
+
+
+def _first(split, count):
+    return tf.nest.map_structure(lambda array: array[:count], split)
 
 
 def output_path(args, task):
@@ -796,6 +804,7 @@ UNCHECKED = (
     "output",
     "save_every",
     "test_examples",
+    "validation_examples",
     "validations",
 )
 
@@ -843,7 +852,7 @@ def fresh_draws(args, model, split, evaluate):
     if not layers:
         return []
     stored = [layer.spectral_prior.base_noise.numpy() for layer in layers]
-    part = tf.nest.map_structure(lambda a: a[: args.draw_examples], split)
+    part = _first(split, args.draw_examples)
     results = []
     for draw in range(args.draws):
         for number, layer in enumerate(layers):

@@ -10,7 +10,7 @@ file is not run again, what has a checkpoint is resumed.
     python examples/sweep.py --report                       # tables only
 
 Flags after `--` go to every run: `-- --steps 20` for a trial. Flags beside a
-name go to its runs, for ablations: `--attention "normal:positive --qk-norm l2"`.
+name go to its runs: `--attention "normal:positive --qk-norm l2"`.
 """
 
 import argparse
