@@ -33,7 +33,7 @@ PRESETS = {
         hidden=128,
         batch_size=16,
         steps=1000,
-        learning_rate=2e-3,
+        learning_rate=4e-3,
         dropout=0.0,
     ),
     # Nobody has published one; these are the sizes of the paper's Text task.

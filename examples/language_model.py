@@ -43,7 +43,7 @@ PRESETS = {
         key_dim=32,
         hidden=256,
         batch_size=16,
-        steps=1500,
+        steps=800,
         learning_rate=3e-3,
         dropout=0.0,
     ),
