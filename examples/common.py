@@ -345,8 +345,9 @@ MAPS = {
 }
 
 
-_LAYER_FLAGS = ("decay", "near_field")
-_KERNEL_FLAGS = (
+# Flags of any kernelized attention, and of PRIOR:MAP.
+LAYER_FLAGS = ("decay", "near_field")
+KERNEL_FLAGS = (
     "num_features",
     "components",
     "prefactor",
@@ -365,12 +366,12 @@ def attention_options(args):
     name = args.attention
     is_system = name in keras_kt.PAPER_SYSTEMS
     if name == "softmax" or is_system:
-        own = (*_KERNEL_FLAGS, *(() if is_system else _LAYER_FLAGS))
+        own = (*KERNEL_FLAGS, *(() if is_system else LAYER_FLAGS))
         for flag in own:
             _given(False, **{flag: getattr(args, flag)})
     if name == "softmax":
         return None
-    layer = {flag: getattr(args, flag) for flag in _LAYER_FLAGS}
+    layer = {flag: getattr(args, flag) for flag in LAYER_FLAGS}
     if is_system:
         return keras_kt.paper_system(name, args.preset.key_dim) | layer
     prior, _, feature_map = name.partition(":")

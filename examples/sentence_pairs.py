@@ -79,7 +79,7 @@ PRETRAINING = {
 }
 # What a pretrained encoder must share with a run that takes it.
 SIZES = ("length", "blocks", "width", "heads", "key_dim", "hidden", "context")
-KERNEL = ("num_features", "components", "prefactor", "smoothing", "qk_norm")
+KERNEL = (*common.LAYER_FLAGS, *common.KERNEL_FLAGS)
 
 
 def main():

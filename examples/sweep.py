@@ -19,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -28,6 +29,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras_kt
 
 HERE = Path(__file__).parent
+LOCKS = defaultdict(threading.Lock)
 # The script of a task, its flags, and what it must beat (see the README).
 TASKS = {
     "listops": ("listops.py", (), "outermost operator 0.37"),
@@ -47,8 +49,20 @@ TASKS = {
     "retrieval": ("document_retrieval.py", (), "TF-IDF cosine 0.83"),
     "sparsity": ("synthetic_sparsity.py", (), ""),
     "language": ("language_model.py", (), "order-4 model 2.22"),
+    "sst2": (
+        "sentence_pairs.py",
+        ("--task", "SST-2", "--pretrained", "{pretrained}"),
+        "majority 0.509",
+    ),
+    "cola": (
+        "sentence_pairs.py",
+        ("--task", "CoLA", "--pretrained", "{pretrained}"),
+        "majority 0.691",
+    ),
 }
 SYSTEMS = ("softmax", *keras_kt.PAPER_SYSTEMS)
+# Of these systems the kernel is not learned.
+FIXED = ("Performer", "RBF-RKS", "RBF-PRF")
 
 
 def main():
@@ -67,7 +81,7 @@ def main():
     if not records:
         sys.exit(f"No results in {args.results}: run without --report first.")
     write_table(records, args.results / "experiments.md")
-    draw_curves(records, args.results / "experiments.png")
+    draw(records, args.results)
     return bool(not args.report and failed)
 
 
@@ -116,10 +130,11 @@ def run(job, args):
     script, flags, _ = TASKS[task]
     label = name(job)
     args.work.mkdir(parents=True, exist_ok=True)
+    pretrained = args.work / name(("pretrained", attention, seed))
     command = [
         sys.executable,
         str(HERE / script),
-        *flags,
+        *(f"{pretrained}.npz" if x == "{pretrained}" else x for x in flags),
         *("--attention", *attention.split(), "--seed", str(seed)),
         *("--data-dir", str(args.data_dir)),
         *("--output", str(result_path(job, args))),
@@ -134,7 +149,9 @@ def run(job, args):
         environment["TF_NUM_INTEROP_THREADS"] = threads
     start = time.perf_counter()
     log = args.work / f"{label}.log"
-    with log.open("a") as file:
+    # What one pretrains, the next takes.
+    shared = pretrained if "{pretrained}" in flags else log
+    with LOCKS[shared], log.open("a") as file:
         code = subprocess.run(
             command, env=environment, stdout=file, stderr=subprocess.STDOUT
         ).returncode
@@ -169,9 +186,9 @@ def read_records(folder):
 def write_table(records, path):
     """A Markdown table a task, best first."""
     lines = ["# Experiments", "", "`python examples/sweep.py`", ""]
+    lines += overview(records)
     for task, systems in records.items():
         first = next(iter(systems.values()))[0]
-        higher = not first["score"].startswith("bits")
         floor = TASKS.get(task, ("", (), ""))[2]
         lines += [
             f"## {first['task']}",
@@ -185,11 +202,39 @@ def write_table(records, path):
         rows = sorted(
             (summary(attention, runs) for attention, runs in systems.items()),
             key=lambda row: row[0],
-            reverse=higher,
+            reverse=not is_loss(first),
         )
         lines += [text for _, text in rows] + [""]
     path.write_text("\n".join(lines) + "\n")
     print(path.read_text())
+
+
+def is_loss(record):
+    """Whether the lower score is the better one."""
+    return record["score"].startswith("bits")
+
+
+def overview(records):
+    """A table of mean test scores, attention × task."""
+    tasks = list(records)
+    attentions = {a: None for a in SYSTEMS} | {
+        a: None for systems in records.values() for a in systems
+    }
+    lines = [
+        "| attention | " + " | ".join(tasks) + " |",
+        "|" + " --- |" * (1 + len(tasks)),
+    ]
+    for attention in attentions:
+        cells = []
+        for task in tasks:
+            runs = records[task].get(attention, [])
+            mean = sum(run["test"] for run in runs) / max(1, len(runs))
+            mark = f" ({len(runs)})" if len(runs) > 1 else ""
+            cells.append(f"{mean:.4f}{mark}" if runs else "")
+        if any(cells):
+            lines.append(f"| {attention} | " + " | ".join(cells) + " |")
+    floors = [TASKS.get(task, ("", (), ""))[2] for task in tasks]
+    return [*lines, "| *to beat* | " + " | ".join(floors) + " |", ""]
 
 
 def summary(attention, runs):
@@ -219,14 +264,25 @@ def summary(attention, runs):
     )
 
 
-def draw_curves(records, path):
-    """Validation against step and against seconds, a row of panels a task."""
+def draw(records, folder):
     try:
         import matplotlib
     except ImportError:
-        print("No picture: it needs `pip install keras_kt[plot]`.")
+        print("No pictures: they need `pip install keras_kt[plot]`.")
         return
     matplotlib.use("Agg")
+    for name, figure in (
+        ("experiments", draw_curves(records)),
+        ("kernels", draw_kernels(records)),
+        ("sparsity", draw_sparsity(records.get("sparsity", {}))),
+    ):
+        if figure is not None:
+            figure.savefig(folder / f"{name}.png", dpi=110)
+            print(f"Picture: {folder / name}.png")
+
+
+def draw_curves(records):
+    """Validation against step and against seconds, a row of panels a task."""
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(
@@ -240,10 +296,6 @@ def draw_curves(records, path):
         panels, records.items(), strict=True
     ):
         for number, (attention, runs) in enumerate(sorted(systems.items())):
-            style = {
-                "color": "k" if attention == "softmax" else f"C{number % 10}",
-                "ls": "--" if attention.endswith("RKS") else "-",
-            }
             for index, run in enumerate(runs):
                 points = run["curve"]
                 label = attention if index == 0 else None
@@ -252,7 +304,7 @@ def draw_curves(records, path):
                         [p[key] for p in points],
                         [p["validation"] for p in points],
                         label=label,
-                        **style,
+                        **style(number, attention),
                     )
         record = next(iter(systems.values()))[0]
         left.set_title(record["task"])
@@ -261,8 +313,85 @@ def draw_curves(records, path):
         right.set_xlabel("seconds of training")
         right.set_xscale("log")
         left.legend(fontsize=7, ncols=2)
-    figure.savefig(path, dpi=130)
-    print(f"Curves: {path}")
+    return figure
+
+
+def style(number, attention):
+    return {
+        "color": "k" if attention == "softmax" else f"C{number % 10}",
+        "ls": "--" if attention.endswith("RKS") else "-",
+    }
+
+
+def draw_kernels(records):
+    """The kernels of each task's best learned system, a row a task."""
+    from matplotlib import pyplot
+
+    rows = []
+    for task, systems in records.items():
+        runs = [
+            run
+            for attention, of_system in systems.items()
+            for run in of_system
+            if attention not in (*FIXED, "softmax") and "kernels" in run
+        ]
+        if runs:
+            better = min if is_loss(runs[0]) else max
+            best = better(runs, key=lambda x: x["curve"][-1]["validation"])
+            rows.append((task, best))
+    if not rows:
+        return None
+    columns = max(len(run["kernels"]["trained"]) for _, run in rows)
+    figure, panels = pyplot.subplots(
+        len(rows),
+        columns,
+        figsize=(4.5 * columns, 3 * len(rows)),
+        layout="constrained",
+        squeeze=False,
+    )
+    for row, (task, run) in zip(panels, rows, strict=True):
+        kernels = run["kernels"]
+        for panel in row[len(kernels["trained"]) :]:
+            panel.set_axis_off()
+        for layer, panel in enumerate(row[: len(kernels["trained"])]):
+            for kind, line in (("untrained", ":"), ("trained", "-")):
+                for head, profile in enumerate(kernels[kind][layer]):
+                    panel.plot(
+                        kernels["distances"], profile, line, color=f"C{head}"
+                    )
+            panel.axhline(0.0, color="0.8", zorder=0)
+            name = run["arguments"]["attention"]
+            panel.set_title(f"{task}, {name}, layer {layer + 1}", fontsize=9)
+            panel.set_xlabel("|q − k|")
+        row[0].set_ylabel("E cos ω·(q − k)")
+    figure.suptitle("Kernels: a colour a head; dotted before training")
+    return figure
+
+
+def draw_sparsity(systems):
+    """Accuracy against the share of the tokens that must be attended to."""
+    from matplotlib import pyplot
+
+    if not systems:
+        return None
+    figure, panel = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for number, (attention, runs) in enumerate(sorted(systems.items())):
+        rows = runs[0]["densities"]
+        mean = [
+            sum(run["densities"][i]["accuracy"] for run in runs) / len(runs)
+            for i in range(len(rows))
+        ]
+        density = [row["density"] for row in rows]
+        panel.plot(density, mean, label=attention, **style(number, attention))
+    uniform = [row["uniform"] for row in rows]
+    panel.plot(density, uniform, ":", color="0.5", label="uniform attention")
+    panel.set_xscale("log", base=2)
+    panel.invert_xaxis()
+    panel.set_xlabel("density: share of the tokens that share a key")
+    panel.set_ylabel("test accuracy")
+    panel.set_title(runs[0]["task"])
+    panel.legend(fontsize=7, ncols=2)
+    return figure
 
 
 if __name__ == "__main__":
