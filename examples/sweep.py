@@ -57,7 +57,7 @@ TASKS = {
     "cola": (
         "sentence_pairs.py",
         ("--task", "CoLA", "--pretrained", "{pretrained}"),
-        "majority 0.691",
+        "majority 0.689",
     ),
 }
 SYSTEMS = ("softmax", *keras_kt.PAPER_SYSTEMS)
