@@ -26,9 +26,9 @@ def test_convert_pretrained_reports_every_stage(tmp_path):
         label=rng.integers(0, 2, 48),
     )
     arguments = (
-        f"--data-dir {tmp_path} --output {tmp_path} --tasks classifier "
-        "--steps 10 --batch-size 4 --words 16 --features 32 --distil-steps 2 "
-        "--test-examples 8 --speed-tokens 64"
+        f"--data-dir {tmp_path} --output {tmp_path} --steps 10 "
+        "--batch-size 4 --words 16 --bytes 40 --near-field 8 --features 32 "
+        "--distil-steps 2 --test-examples 8 --speed-tokens 64 --sample 5"
     )
     subprocess.run(
         [
@@ -40,18 +40,20 @@ def test_convert_pretrained_reports_every_stage(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     results = json.loads((tmp_path / "convert_pretrained.json").read_text())
-    stages = {row["stage"]: row for row in results["classifier"]["stages"]}
-    assert list(stages) == [
-        "softmax",
-        "plain orthogonal features",
-        "converted",
-        "calibrated",
-        "distilled",
-        "fine-tuned",
-    ]
-    errors = {
-        name: np.mean(row["error by layer"])
-        for name, row in stages.items()
-        if name != "softmax"
-    }
-    assert errors["calibrated"] < errors["plain orthogonal features"]
+    for task in ("classifier", "lm"):
+        stages = {row["stage"]: row for row in results[task]["stages"]}
+        assert list(stages) == [
+            "softmax",
+            "plain orthogonal features",
+            "converted",
+            "calibrated",
+            "distilled",
+            "fine-tuned",
+        ]
+        errors = {
+            name: np.mean(row["error by layer"])
+            for name, row in stages.items()
+            if name != "softmax"
+        }
+        assert errors["calibrated"] < errors["plain orthogonal features"]
+    assert results["lm"]["stream"]["sample"].startswith("This film ")
