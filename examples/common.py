@@ -216,7 +216,8 @@ def save_results(path, args, **results):
 def _plain(value):
     if dataclasses.is_dataclass(value):
         return dataclasses.asdict(value)
-    return str(value)
+    # Where something lay is nobody's business but this machine's.
+    return value.name if isinstance(value, Path) else str(value)
 
 
 @dataclasses.dataclass(frozen=True)
