@@ -23,6 +23,8 @@ import tensorflow as tf
 
 import keras_kt
 
+# Of a query from a key, at which kernels are recorded.
+DISTANCES = tuple(0.25 * step for step in range(41))
 STRATEGIES = ("none", "mirrored", "multiworker", "tpu")
 TF_CONFIG = (
     '{"cluster": {"worker": ["host0:12345", "host1:12345"]}, '
@@ -865,38 +867,14 @@ def fresh_draws(args, model, split, evaluate):
     return results
 
 
-# Of a query from a key, before the layer scales both.
-DISTANCES = tuple(0.25 * step for step in range(41))
-
-
-def kernel_profiles(model, directions=64):
-    """E cos ω·(q − k) against |q − k|: by layer, head and distance.
-
-    It is the shift-invariant kernel that a spectral prior stands for, of the
-    frequencies that are drawn, a mean over directions of q − k.
-    """
-    rng = np.random.default_rng(0)
-    profiles = []
-    for layer in attention_layers(model):
-        draw = layer.spectral_prior()
-        omega = draw.offsets.numpy()
-        count = omega.shape[1] // draw.log_weights.shape[1]
-        if draw.means is not None:
-            omega = omega + np.repeat(draw.means, count, axis=1)
-        weights = np.repeat(np.exp(draw.log_weights), count, axis=1) / count
-        unit = rng.normal(size=(omega.shape[-1], directions))
-        unit /= np.linalg.norm(unit, axis=0)
-        angles = layer.key_dim**-0.25 * omega @ unit
-        profiles.append(
-            [
-                [
-                    round(float(w @ np.cos(distance * a).mean(-1)), 4)
-                    for distance in DISTANCES
-                ]
-                for w, a in zip(weights, angles, strict=True)
-            ]
-        )
-    return profiles
+def kernel_profiles(model):
+    """`KernelProfile.kernel` of each layer, as nested lists."""
+    return [
+        keras_kt.diagnostics.kernel_profile(layer, DISTANCES)
+        .kernel.round(4)
+        .tolist()
+        for layer in attention_layers(model)
+    ]
 
 
 def peak_memory():

@@ -9,7 +9,7 @@ if keras.backend.backend() != "tensorflow":
         "KERAS_BACKEND=tensorflow before Keras is imported."
     )
 
-from keras_kt import kernels
+from keras_kt import diagnostics, kernels, plots
 from keras_kt.attention import KernelizedAttention
 from keras_kt.attention_errors import (
     AttentionErrors,
@@ -32,6 +32,7 @@ from keras_kt.generation import generate
 from keras_kt.keras_hub_layers import CachedKernelizedAttention
 from keras_kt.linear_attention import AttentionState, NearFieldState
 from keras_kt.serving import export_saved_model
+from keras_kt.spectral_monitor import SpectralMonitor
 from keras_kt.spectral_priors import (
     DistributionPrior,
     FastFoodPrior,
@@ -72,15 +73,18 @@ __all__ = [
     "NearFieldState",
     "NormalPrior",
     "PositiveFeatures",
+    "SpectralMonitor",
     "SpectralPrior",
     "TrigonometricFeatures",
     "attention_error",
     "calibrate",
     "closed_form_attention",
     "convert_attention",
+    "diagnostics",
     "distil",
     "export_saved_model",
     "generate",
     "kernels",
     "paper_system",
+    "plots",
 ]

@@ -233,7 +233,7 @@ def _intercepted(layers, attend):
                 f"Received: layer {layer.name!r} with queries of shape "
                 f"{tuple(query.shape)}"
             )
-        visible = _visible(
+        visible = visible_pairs(
             query, key, attention_mask, use_causal_mask, query_mask, key_mask
         )
         q, k, v = (tf.cast(x, tf.float32) for x in (query, key, value))
@@ -249,7 +249,7 @@ def _intercepted(layers, attend):
             vars(layer).pop("_compute_attention", None)
 
 
-def _visible(query, key, attention_mask, is_causal, query_mask, key_mask):
+def visible_pairs(query, key, attention_mask, is_causal, query_mask, key_mask):
     """All masks as one, `(batch, 1 or heads, query_length, key_length)`."""
     batch, length = tf.shape(query)[0], tf.shape(query)[1]
     visible = tf.ones((batch, 1, length, tf.shape(key)[1]), "bool")
@@ -267,12 +267,13 @@ def _visible(query, key, attention_mask, is_causal, query_mask, key_mask):
     return visible
 
 
-def _softmax(logits, visible):
+def masked_softmax(logits, visible):
+    """Softmax over the keys that a query sees; zero in rows that see none."""
     logits = tf.where(visible, logits, linear_attention.FLOOR)
     return tf.where(visible, tf.nn.softmax(logits), 0.0)
 
 
-def _nominal_logits(layer, query, key):
+def nominal_logits(layer, query, key):
     """Logits of the softmax that a layer stands for; a teacher's own."""
     logits = tf.einsum("bthd,bshd->bhts", query, key)
     if isinstance(layer, KernelizedAttention):
@@ -301,7 +302,7 @@ def has_tilt(layer) -> bool:
 
 
 def _attend_softmax(sink, layer, query, key, value, visible):
-    weights = _softmax(_nominal_logits(layer, query, key), visible)
+    weights = masked_softmax(nominal_logits(layer, query, key), visible)
     # A layer called twice is measured on its last call.
     sink[id(layer)] = (query, key, value, visible, weights)
     return tf.einsum("bhts,bshe->bthe", weights, value)

@@ -5,6 +5,7 @@ import doctest
 import inspect
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 import keras
@@ -33,11 +34,15 @@ ORDER = (
     "conversion",
     "attention_errors",
     "calibration",
+    "diagnostics",
+    "plots",
+    "spectral_monitor",
 )
 GLOBALS = {
     "keras": keras,
     "keras_kt": keras_kt,
     "np": np,
+    "tempfile": tempfile,
     "tf": tf,
     "tfd": tfp.distributions,
 }
@@ -102,14 +107,23 @@ def test_public_functions_are_documented(name):
                 assert ast.get_docstring(node), f"{name}.{node.name}"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n for n in keras_kt.__all__ if inspect.getdoc(getattr(keras_kt, n))],
-)
-def test_docstring_examples_run_as_written(name):
+def documented():
+    """Public names, and those of public modules."""
+    for name in keras_kt.__all__:
+        value = getattr(keras_kt, name)
+        if not inspect.ismodule(value):
+            yield pytest.param(value, id=name)
+            continue
+        for inner, function in inspect.getmembers(value, inspect.isfunction):
+            if function.__module__ == value.__name__ and inner[0] != "_":
+                yield pytest.param(function, id=f"{name}.{inner}")
+
+
+@pytest.mark.parametrize("value", list(documented()))
+def test_docstring_examples_run_as_written(value):
     parser = doctest.DocTestParser()
     examples = parser.get_doctest(
-        inspect.getdoc(getattr(keras_kt, name)), dict(GLOBALS), name, None, 0
+        inspect.getdoc(value) or "", dict(GLOBALS), "example", None, 0
     )
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     assert runner.run(examples).failed == 0

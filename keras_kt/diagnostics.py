@@ -1,0 +1,479 @@
+"""Diagnostics: what a learned kernel looks like, and when it went wrong.
+
+Arrays first. Functions of a layer look at its spectral prior alone; functions
+of a model run it on a batch, look at the queries and keys of each
+`KernelizedAttention` and leave the model as it was. `plots` draws the results.
+"""
+
+import contextlib
+import functools
+import inspect
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_kt import attention_errors, kernels
+from keras_kt.attention import KernelizedAttention
+from keras_kt.conversion import attention_layers
+from keras_kt.feature_maps import TrigonometricFeatures
+
+# A component with less than this share of an even one has died.
+_DEAD = 0.05
+# A kernel that is above this everywhere tells no keys apart.
+_CONSTANT = 0.99
+# Kernel estimates whose relative standard deviation is above this are noise.
+_NOISY = 1.0
+# A query's mean kernel is near zero below this share of that with itself.
+_NEAR_ZERO = 0.05
+
+
+class KernelProfile(NamedTuple):
+    """The shift-invariant kernel E cos ω·(q − k) that a prior stands for.
+
+    Attributes:
+        distances: `(points,)`, |q − k| before the layer scales queries and
+            keys.
+        kernel: `(heads, points)`, of the frequencies that are drawn, a mean
+            over directions of q − k.
+        closed_form: the same of the prior's own law, or `None` for a prior
+            that has no closed form.
+    """
+
+    distances: np.ndarray
+    kernel: np.ndarray
+    closed_form: np.ndarray | None
+
+
+class Spectrum(NamedTuple):
+    """The frequencies of a layer: its kernel, by Bochner's theorem.
+
+    Attributes:
+        frequencies: `(heads, num_frequencies, key_dim)`.
+        weights: `(heads, num_frequencies)`; those of a head sum to one.
+    """
+
+    frequencies: np.ndarray
+    weights: np.ndarray
+
+
+class AttentionMap(NamedTuple):
+    """What one layer attends to on a batch.
+
+    Attributes:
+        path: the layer, as in `ConversionReport`.
+        weights: `(batch, heads, query_length, key_length)`, implied by the
+            features; rows sum to one.
+        softmax: softmax's weights for the same queries and keys, or `None` for
+            a layer that normalises them.
+    """
+
+    path: str
+    weights: np.ndarray
+    softmax: np.ndarray | None
+
+
+class Finding(NamedTuple):
+    """Something that is wrong with one head.
+
+    Attributes:
+        path: the layer; its name if a layer was examined.
+        head: number of the head.
+        problem: what was seen.
+        advice: what to do about it.
+    """
+
+    path: str
+    head: int
+    problem: str
+    advice: str
+
+    def __str__(self):
+        return f"{self.path}, head {self.head}: {self.problem}. {self.advice}"
+
+
+def kernel_profile(layer, distances=None, *, directions=64, seed=0):
+    """How similar a layer finds a query and a key, by their distance.
+
+    The kernel of trigonometric features without their smoothing. Positive
+    features weigh keys by the same prior's moment generating function, which
+    grows with length and has no profile of its own.
+
+    Args:
+        layer: a built `KernelizedAttention`.
+        distances: `(points,)`. Defaults to `None`: 41 from 0 to 10.
+        directions: how many directions of q − k are averaged.
+        seed: integer, of the directions.
+
+    Returns:
+        `KernelProfile`.
+
+    Example:
+
+    >>> layer = keras_kt.KernelizedAttention(2, 4)
+    >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
+    >>> keras_kt.diagnostics.kernel_profile(layer, [0.0, 1.0]).kernel.shape
+    (2, 2)
+    """
+    _check_layer(layer)
+    if distances is None:
+        distances = np.linspace(0.0, 10.0, 41)
+    distances = np.asarray(distances, "float64")
+    unit = np.random.default_rng(seed).normal(size=(directions, layer.key_dim))
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    omega, weights = spectrum(layer)
+    # With qk_norm the learned temperature scales what has length one.
+    scale = layer.key_dim**-0.25
+    angles = scale * np.einsum("hmd,nd->hmn", omega, unit)
+    profile = np.stack(
+        [
+            np.einsum("hm,hmn->h", weights, np.cos(distance * angles))
+            for distance in distances
+        ],
+        axis=1,
+    )
+    return KernelProfile(
+        distances,
+        profile / directions,
+        _closed_form(layer, scale * distances, unit),
+    )
+
+
+def _closed_form(layer, distances, unit):
+    """`(heads, points)` of the prior's characteristic function, or `None`."""
+    feature_map = TrigonometricFeatures()
+    feature_map.build(layer.num_heads)
+    points = np.einsum("p,nd->pnd", distances, unit)
+    try:
+        values = kernels.closed_form(
+            layer.spectral_prior,
+            feature_map,
+            points.reshape(-1, layer.key_dim),
+            np.zeros((1, layer.key_dim)),
+        )
+    except ValueError:
+        return None
+    smoothing = np.asarray(feature_map.smoothing_weights, "float64")
+    values = (values - smoothing).reshape(layer.num_heads, *points.shape[:2])
+    return values.mean(axis=-1)
+
+
+def spectrum(layer):
+    """The frequencies that a layer has drawn.
+
+    Args:
+        layer: a built `KernelizedAttention`.
+
+    Returns:
+        `Spectrum`.
+
+    Example:
+
+    >>> layer = keras_kt.KernelizedAttention(2, 4, num_features=16)
+    >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
+    >>> keras_kt.diagnostics.spectrum(layer).frequencies.shape
+    (2, 8, 4)
+    """
+    _check_layer(layer)
+    draw = layer.spectral_prior()
+    omega = np.asarray(draw.offsets, "float64")
+    probabilities = np.exp(np.asarray(draw.log_weights, "float64"))
+    count = omega.shape[1] // probabilities.shape[1]
+    if draw.means is not None:
+        omega = omega + np.repeat(np.asarray(draw.means), count, axis=1)
+    return Spectrum(omega, np.repeat(probabilities, count, axis=1))
+
+
+def attention_maps(model, data):
+    """What each layer of a model attends to. O(length²).
+
+    Args:
+        model: a model with `KernelizedAttention` layers.
+        data: one batch of its inputs.
+
+    Returns:
+        List of `AttentionMap`, in the order of the model's layers.
+
+    Example:
+
+    >>> x = keras.Input((None, 8))
+    >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
+    >>> maps = keras_kt.diagnostics.attention_maps(model, np.ones((1, 5, 8)))
+    >>> maps[0].weights.shape
+    (1, 2, 5, 5)
+    """
+    return [
+        AttentionMap(path, weights, _softmax_map(layer, call))
+        for path, layer, call, weights in _recorded(model, data, True)
+    ]
+
+
+def _softmax_map(layer, call):
+    if layer.qk_norm or call["query"].shape.rank != 4:
+        return None
+    logits = attention_errors.nominal_logits(layer, call["query"], call["key"])
+    visible = attention_errors.visible_pairs(
+        call["query"],
+        call["key"],
+        call.get("attention_mask"),
+        call.get("use_causal_mask"),
+        call.get("query_mask"),
+        call.get("key_mask"),
+    )
+    return attention_errors.masked_softmax(logits, visible).numpy()
+
+
+def effective_features(model, data):
+    """How many features a batch's keys make use of, by layer and head.
+
+    (Σλ)²/Σλ² of the eigenvalues λ of the second moments of the keys' features,
+    each of length one: 1 if all keys look alike, at most D.
+
+    Args:
+        model: a model with `KernelizedAttention` layers.
+        data: one batch of its inputs.
+
+    Returns:
+        Dictionary from paths to `(heads,)` arrays.
+
+    Example:
+
+    >>> x = keras.Input((None, 8))
+    >>> attention = keras_kt.KernelizedAttention(2, 4, name="attention")
+    >>> model = keras.Model(x, attention(x, x))
+    >>> batch = np.random.normal(size=(1, 50, 8))
+    >>> counts = keras_kt.diagnostics.effective_features(model, batch)
+    >>> counts["attention"].shape
+    (2,)
+    """
+    counts = {}
+    for path, layer, call, _ in _recorded(model, data):
+        _, features = _features_of(layer, call)
+        moment = np.einsum("hnf,hng->hfg", features, features)
+        trace = np.trace(moment, axis1=1, axis2=2)
+        counts[path] = trace**2 / np.square(moment).sum(axis=(1, 2))
+    return counts
+
+
+def health(model, data=None):
+    """What is wrong with the kernels of a model or a layer.
+
+    Looks for parameters that are not finite, components of a mixture that have
+    died and kernels that tell no keys apart; on a batch also for queries and
+    keys too long for the number of features, and for signed normalisers near
+    zero.
+
+    Args:
+        model: a model with `KernelizedAttention` layers, or one such layer.
+        data: one batch of the model's inputs. Defaults to `None`, which looks
+            at weights only, the one choice for a layer.
+
+    Returns:
+        List of `Finding`; empty if nothing was found.
+
+    Example:
+
+    >>> layer = keras_kt.KernelizedAttention(2, 4)
+    >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
+    >>> keras_kt.diagnostics.health(layer)
+    []
+    """
+    if isinstance(model, KernelizedAttention):
+        if data is not None:
+            raise ValueError(
+                "`data` needs a model, which gives the layer its inputs. "
+                f"Received: the layer {model.name!r} and data. Pass the model."
+            )
+        _check_layer(model)
+        return list(_weights_findings(model.name, model))
+    findings = []
+    for path, layer in layers_of(model).items():
+        findings += _weights_findings(path, layer)
+    if data is not None:
+        for path, layer, call, _ in _recorded(model, data):
+            findings += _data_findings(path, layer, call)
+    return findings
+
+
+def _weights_findings(path, layer):
+    prior = layer.spectral_prior
+    omega, _ = spectrum(layer)
+    profile = kernel_profile(layer).kernel
+    if hasattr(prior, "log_probabilities"):
+        shares = np.exp(np.asarray(prior.log_probabilities, "float64"))
+    else:
+        shares = np.ones((layer.num_heads, 1))
+    for head in range(layer.num_heads):
+        if not np.isfinite(omega[head]).all():
+            yield Finding(
+                path,
+                head,
+                "its frequencies are not finite",
+                "Training diverged: lower the learning rate or clip gradients, "
+                "and go back to a checkpoint",
+            )
+            continue
+        dead = np.flatnonzero(shares[head] < _DEAD / shares.shape[1])
+        if dead.size:
+            yield Finding(
+                path,
+                head,
+                f"components {dead.tolist()} have died, with probabilities "
+                f"{shares[head][dead].round(4).tolist()}",
+                "Lower `num_components`: their features are wasted",
+            )
+        if profile[head].min() > _CONSTANT:
+            yield Finding(
+                path,
+                head,
+                "its kernel is the same for all keys within distance 10, "
+                f"at least {profile[head].min():.3f} of that at 0",
+                "It averages all tokens: raise the prior's `scale`, or see "
+                "whether the head is needed",
+            )
+
+
+def _data_findings(path, layer, call):
+    queries, keys = (
+        np.moveaxis(_tokens(call, name), 1, 0) for name in ("query", "key")
+    )
+    omega, weights = spectrum(layer)
+    if isinstance(layer.feature_map, TrigonometricFeatures):
+        phi_q, phi_k = _features_of(layer, call)
+        means = np.einsum("hnf,hf->hn", phi_q, phi_k.mean(axis=1))
+        sizes = np.square(phi_q).sum(-1) * np.square(phi_k).sum(-1).mean()
+        ratios = means / np.sqrt(sizes)
+        for head, ratio in enumerate(ratios.min(axis=1)):
+            if ratio < _NEAR_ZERO:
+                yield Finding(
+                    path,
+                    head,
+                    "a normaliser is near zero: the mean kernel of a query is "
+                    f"{ratio:.3f} of that with itself",
+                    "Raise `smoothing` or `num_features`, or use positive "
+                    "features",
+                )
+        return
+    if layer.qk_norm:
+        scale = np.sqrt(np.reshape(layer._qk_norm.temperature, (-1, 1, 1)))
+        queries, keys = (
+            scale * x / np.linalg.norm(x, axis=-1, keepdims=True)
+            for x in (queries, keys)
+        )
+    else:
+        scale = layer.key_dim**-0.25
+        queries, keys = scale * queries, scale * keys
+    for head in range(layer.num_heads):
+        deviation = _deviation(
+            queries[head], keys[head], omega[head], weights[head]
+        )
+        if deviation > _NOISY:
+            yield Finding(
+                path,
+                head,
+                "queries and keys are too long for the number of features: an "
+                f"estimate of a kernel value deviates by {deviation:.2g} of it",
+                "What the head learns is its own draw and not the kernel, so "
+                "keep redraw='never'; raise `num_features`, use qk_norm='l2', "
+                "or, after `convert_attention`, `calibrate`",
+            )
+
+
+def _deviation(query, key, omega, weights):
+    """Predicted relative standard deviation of k(q, k), theory's fact 5."""
+    centre = weights @ omega
+    second = np.einsum("m,md,me->de", weights, omega - centre, omega - centre)
+    moments = [x.T @ x / len(x) for x in (query, key)]
+    v = np.sum(second * (moments[0] + moments[1]))
+    v += 2.0 * query.mean(0) @ second @ key.mean(0)
+    return float(np.sqrt(np.expm1(min(v, 700.0)) / len(omega)))
+
+
+def _features_of(layer, call):
+    """Features of queries and of keys, `(heads, tokens, D)`.
+
+    Positive ones are scaled to length one, which attention does not notice.
+    """
+    query, key, bound, _ = layer._kernel_inputs(
+        *(tf.constant(_tokens(call, name)) for name in ("query", "key"))
+    )
+    features = []
+    for x in (query, key):
+        x = tf.transpose(x, (1, 0, 2))[tf.newaxis]
+        phi = bound(x)[0].numpy().astype("float64")
+        if bound.positive:
+            phi = np.exp(phi - phi.max(axis=-1, keepdims=True))
+            phi /= np.linalg.norm(phi, axis=-1, keepdims=True)
+        features.append(phi)
+    return features
+
+
+def _tokens(call, name):
+    """`(tokens, heads, dim)` of all examples together, without padding."""
+    x = np.asarray(call[name], "float32")
+    x = x.reshape(-1, *x.shape[-2:])
+    mask = call.get(f"{name}_mask")
+    return x if mask is None else x[np.reshape(mask, -1).astype(bool)]
+
+
+def _recorded(model, data, with_weights=False):
+    """`(path, layer, arguments, weights or None)` of each layer's last call.
+
+    Arguments are those of `_compute_attention`.
+    """
+    layers = layers_of(model)
+    sink = {}
+
+    def compute(layer, attend, *args, **kwargs):
+        call = inspect.signature(attend).bind(*args, **kwargs).arguments
+        weights = None
+        if with_weights:
+            asking = {**call, "return_attention_scores": True}
+            weights = attend(**asking)[1].numpy()
+        sink[id(layer)] = call, weights
+        return attend(**call)
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers.values():
+            layer._compute_attention = functools.partial(
+                compute, layer, layer._compute_attention
+            )
+            stack.callback(vars(layer).pop, "_compute_attention")
+        inputs = keras.tree.map_structure(tf.convert_to_tensor, data)
+        model(inputs, training=False)
+    return [
+        (path, layer, *sink[id(layer)])
+        for path, layer in layers.items()
+        if id(layer) in sink
+    ]
+
+
+def layers_of(model):
+    """The `KernelizedAttention` layers of a model by path, all built."""
+    found = {
+        path: layer
+        for path, layer in attention_layers(model).items()
+        if isinstance(layer, KernelizedAttention)
+    }
+    if not found:
+        raise ValueError(
+            "`model` must have KernelizedAttention layers. Received: "
+            f"{model.name!r}, which has none."
+        )
+    for layer in found.values():
+        _check_layer(layer)
+    return found
+
+
+def _check_layer(layer):
+    if not isinstance(layer, KernelizedAttention):
+        raise ValueError(
+            "`layer` must be a KernelizedAttention. Received: a "
+            f"{type(layer).__name__}."
+        )
+    if not layer.built:
+        raise ValueError(
+            "`layer` must be built: its kernel is a weight. Received: "
+            f"{layer.name!r}, which is not. Call it once."
+        )

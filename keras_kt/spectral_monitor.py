@@ -1,0 +1,126 @@
+"""A callback that writes a model's kernels to TensorBoard as it trains."""
+
+import logging
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_kt import diagnostics
+
+_LOG = logging.getLogger("keras_kt")
+
+
+class SpectralMonitor(keras.callbacks.Callback):
+    """Watches the kernels of a model: curves, histograms, warnings.
+
+    For each `KernelizedAttention`, at the end of an epoch: the norms of its
+    frequencies and the kernel's value at some distances, by head; a mixture's
+    probabilities; learned temperatures and smoothing. What `diagnostics.health`
+    finds is logged as a warning, once.
+
+    Args:
+        log_dir: folder of the TensorBoard files.
+        every: epochs between two records. Defaults to 1.
+        data: a batch of the model's inputs for `health`, which takes a forward
+            pass then. Defaults to `None`, which looks at weights only.
+        distances: |q − k| at which kernels are written.
+
+    Example:
+
+    >>> x = keras.Input((None, 8))
+    >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
+    >>> model.compile("sgd", "mse")
+    >>> batch = np.zeros((4, 6, 8))
+    >>> monitor = keras_kt.SpectralMonitor(tempfile.mkdtemp())
+    >>> _ = model.fit(batch, batch, callbacks=[monitor], verbose=0)
+    """
+
+    def __init__(self, log_dir, every=1, data=None, distances=(1.0, 2.0, 5.0)):
+        super().__init__()
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(
+                "`every` must be a positive number of epochs. Received: "
+                f"every={every!r}"
+            )
+        self.log_dir = str(log_dir)
+        self.every = every
+        self.data = data
+        self.distances = tuple(distances)
+        self._writer = None
+
+    def on_train_begin(self, logs=None):
+        # Told here and not after the first epoch.
+        diagnostics.layers_of(self.model)
+        self._writer = tf.summary.create_file_writer(self.log_dir)
+        self._said = set()
+
+    def on_epoch_end(self, epoch, logs=None):
+        if (epoch + 1) % self.every:
+            return
+        summary = tf.compat.v1.Summary()
+        for path, layer in diagnostics.layers_of(self.model).items():
+            _add_layer(summary, path, layer, self.distances)
+        with self._writer.as_default():
+            # TensorFlow's own functions need TensorBoard to be installed.
+            tf.summary.experimental.write_raw_pb(
+                summary.SerializeToString(), step=epoch
+            )
+        for finding in diagnostics.health(self.model, self.data):
+            # Numbers in the text change from epoch to epoch.
+            key = finding.path, finding.head, finding.advice
+            if key not in self._said:
+                self._said.add(key)
+                _LOG.warning("Epoch %d: %s", epoch + 1, finding)
+
+    def on_train_end(self, logs=None):
+        self._writer.close()
+
+
+def _add_layer(summary, path, layer, distances):
+    norms = np.linalg.norm(diagnostics.spectrum(layer).frequencies, axis=-1)
+    profile = diagnostics.kernel_profile(layer, distances)
+    for head in range(layer.num_heads):
+        place = f"{path}/head_{head}"
+        summary.value.add(
+            tag=f"{place}/frequency_norm", histo=_histogram(norms[head])
+        )
+        for distance, value in zip(
+            distances, profile.kernel[head], strict=True
+        ):
+            summary.value.add(
+                tag=f"{place}/kernel_at_{distance:g}", simple_value=value
+            )
+    for name, values in _learned(layer).items():
+        for head, value in enumerate(np.reshape(values, -1)):
+            summary.value.add(tag=f"{path}/{name}_{head}", simple_value=value)
+
+
+def _histogram(values, bins=20):
+    counts, edges = np.histogram(values, bins)
+    return tf.compat.v1.HistogramProto(
+        min=values.min(),
+        max=values.max(),
+        num=values.size,
+        sum=values.sum(),
+        sum_squares=np.square(values).sum(),
+        bucket_limit=edges[1:],
+        bucket=counts,
+    )
+
+
+def _learned(layer):
+    """Scalars that a layer learns beside its prior's shape, by name."""
+    learned = {}
+    prior, feature_map = layer.spectral_prior, layer.feature_map
+    if prior.num_components > 1:
+        shares = np.exp(prior.log_probabilities)
+        for component in range(shares.shape[1]):
+            learned[f"component_{component}/probability_of_head"] = shares[
+                :, component
+            ]
+    if layer.qk_norm:
+        learned["temperature_of_head"] = layer._qk_norm.temperature
+    if hasattr(feature_map, "smoothing_weights"):
+        learned["smoothing_of_head"] = feature_map.smoothing_weights
+    return learned
