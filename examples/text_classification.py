@@ -40,7 +40,7 @@ PRESETS = {
         key_dim=16,
         hidden=128,
         batch_size=32,
-        steps=1500,
+        steps=1200,
         learning_rate=3e-3,
         dropout=0.0,
     ),
