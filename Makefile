@@ -6,7 +6,7 @@ VENV ?= .venv
 JOBS ?= 2
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: install demo test lint conformance approximation tpu-check
+.PHONY: install demo test lint conformance approximation docs tpu-check
 
 install: $(VENV)/.installed
 
@@ -41,6 +41,11 @@ $(VENV)/.data: $(VENV)/.installed
 
 approximation: install
 	$(VENV)/bin/python benchmarks/approximation.py
+
+# The site, in site/; warnings are errors.
+docs: install
+	$(VENV)/bin/pip install -q -c constraints.txt -e '.[docs]'
+	$(VENV)/bin/mkdocs build --strict
 
 # Compiles for a TPU, without one; downloads about 330 MB.
 tpu-check: install

@@ -35,6 +35,7 @@ setup(
         "text": ["tensorflow-text>=2.18,<2.22"],
         # The TPU compiler; it uses jaxlib's private names, so one version.
         "tpu-check": ["jax[tpu]==0.10.2"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocstrings[python]"],
         "test": [
             "pytest",
             "pytest-xdist",

@@ -50,10 +50,10 @@ class KernelizedAttention(keras.layers.Layer):
         sliding_window: as in `MultiHeadAttention`; costs O(length²) here.
         flash_attention: accepted for compatibility; there is nothing to turn
             on, since memory is linear without it.
-        kernel_initializer, bias_initializer, kernel_regularizer,
-        bias_regularizer, activity_regularizer, kernel_constraint,
-        bias_constraint, use_gate: of the projections, as in
-            `MultiHeadAttention`.
+        kernel_initializer: of the projections, as in `MultiHeadAttention`;
+            as are bias_initializer, kernel_regularizer, bias_regularizer,
+            activity_regularizer, kernel_constraint, bias_constraint and
+            use_gate.
         seed: integer seed of the stored draw, of redraws and of dropout.
             Defaults to `None`, which means one from Keras's global generator.
         spectral_prior: `"normal"` (default), `"mixture"`, `"fastfood"`,
@@ -108,7 +108,7 @@ class KernelizedAttention(keras.layers.Layer):
         `(batch, query_length, output_dim)`, and the weights
         `(batch, heads, query_length, key_length)` if asked for.
 
-    Example:
+    Examples:
 
     >>> x = np.random.normal(size=(2, 100, 32)).astype("float32")
     >>> layer = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)

@@ -140,7 +140,7 @@ def convert_attention(
     Returns:
         The converted copy, and a `ConversionReport`.
 
-    Example:
+    Examples:
 
     >>> x = keras.Input((None, 8))
     >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)

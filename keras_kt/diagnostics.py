@@ -109,7 +109,7 @@ def kernel_profile(layer, distances=None, *, directions=64, seed=0):
     Returns:
         `KernelProfile`.
 
-    Example:
+    Examples:
 
     >>> layer = keras_kt.KernelizedAttention(2, 4)
     >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
@@ -168,7 +168,7 @@ def spectrum(layer):
     Returns:
         `Spectrum`.
 
-    Example:
+    Examples:
 
     >>> layer = keras_kt.KernelizedAttention(2, 4, num_features=16)
     >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
@@ -195,7 +195,7 @@ def attention_maps(model, data):
     Returns:
         List of `AttentionMap`, in the order of the model's layers.
 
-    Example:
+    Examples:
 
     >>> x = keras.Input((None, 8))
     >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
@@ -237,7 +237,7 @@ def effective_features(model, data):
     Returns:
         Dictionary from paths to `(heads,)` arrays.
 
-    Example:
+    Examples:
 
     >>> x = keras.Input((None, 8))
     >>> attention = keras_kt.KernelizedAttention(2, 4, name="attention")
@@ -272,7 +272,7 @@ def health(model, data=None):
     Returns:
         List of `Finding`; empty if nothing was found.
 
-    Example:
+    Examples:
 
     >>> layer = keras_kt.KernelizedAttention(2, 4)
     >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))

@@ -40,7 +40,7 @@ def generate(
     Returns:
         `(batch, prompt_length + max_new_tokens)` int32, prompt first.
 
-    Example:
+    Examples:
 
     >>> class Decoder(keras.Model):
     ...     def __init__(self):

@@ -19,7 +19,7 @@ def plot_kernels(layer, before=None):
     Returns:
         A matplotlib figure.
 
-    Example:
+    Examples:
 
     >>> layer = keras_kt.KernelizedAttention(2, 4)
     >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
@@ -51,7 +51,7 @@ def plot_spectrum(layer, head=0):
     Returns:
         A matplotlib figure; areas are the frequencies' weights.
 
-    Example:
+    Examples:
 
     >>> layer = keras_kt.KernelizedAttention(2, 4)
     >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
@@ -90,7 +90,7 @@ def plot_attention(attention_map, head=0, example=0):
     Returns:
         A matplotlib figure. Shades are of the square root of the weights.
 
-    Example:
+    Examples:
 
     >>> x = keras.Input((None, 8))
     >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
@@ -135,7 +135,7 @@ def plot_errors(errors):
     Returns:
         A matplotlib figure.
 
-    Example:
+    Examples:
 
     >>> x = keras.Input((None, 8))
     >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)

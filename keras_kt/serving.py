@@ -94,7 +94,7 @@ def export_saved_model(
             model, the version exists, or a request fits no endpoint.
         ImportError: if `warmup` is given without tensorflow-serving-api.
 
-    Example:
+    Examples:
 
     >>> import tempfile
     >>> x = keras.Input((None, 32), name="x")
@@ -102,7 +102,8 @@ def export_saved_model(
     >>> model = keras.Model(x, {"y": attention(x, x)})
     >>> folder = keras_kt.export_saved_model(model, tempfile.mkdtemp())
     >>> served = tf.saved_model.load(folder)
-    >>> served.signatures["serve"](x=tf.ones((2, 100, 32)))["y"].shape
+    >>> serve = served.signatures["serve"]
+    >>> serve(x=tf.ones((2, 100, 32)))["y"].shape
     TensorShape([2, 100, 32])
     """
     _check_model(model, streaming)

@@ -26,7 +26,7 @@ class SpectralMonitor(keras.callbacks.Callback):
             pass then. Defaults to `None`, which looks at weights only.
         distances: |q − k| at which kernels are written.
 
-    Example:
+    Examples:
 
     >>> x = keras.Input((None, 8))
     >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))

@@ -415,7 +415,7 @@ class NormalPrior(_GaussianPrior):
         scale_regularizer: regularizer of the raw scale (before softplus).
         **kwargs: `per_head`, `kl_weight`, `seed`, `name`.
 
-    Example:
+    Examples:
 
     >>> layer = keras_kt.KernelizedAttention(
     ...     2, 8, spectral_prior=keras_kt.NormalPrior(covariance="full"))
@@ -470,12 +470,12 @@ class MixturePrior(_GaussianPrior):
         initial_scale: standard deviations at the start, a number or one for
             each component. Defaults to `None`, which means a factor of two
             apart around 1 (0.71, 1.41 for two components).
-        covariance, use_mean, coupling, radius, mean_initializer,
-        mean_regularizer, scale_regularizer: as in `NormalPrior`.
+        covariance: as in `NormalPrior`; as are use_mean, coupling, radius,
+            mean_initializer, mean_regularizer and scale_regularizer.
         logits_regularizer: regularizer of the logits of π.
         **kwargs: `per_head`, `kl_weight`, `seed`, `name`.
 
-    Example:
+    Examples:
 
     >>> prior = keras_kt.MixturePrior(num_components=2)
     >>> layer = keras_kt.KernelizedAttention(2, 8, spectral_prior=prior)
@@ -800,7 +800,7 @@ class DistributionPrior(SpectralPrior):
     numbers for families built on normal and uniform draws; TFP samples gamma
     draws (Student-t among others) by another algorithm under XLA.
 
-    Example:
+    Examples:
 
     >>> @keras.saving.register_keras_serializable("my_project")
     ... def laplace(parameters):

@@ -31,7 +31,7 @@ def paper_system(name: str, key_dim: int = 64) -> dict:
         name: one of `PAPER_SYSTEMS`.
         key_dim: the layer's `key_dim`, which sets the paper's feature counts.
 
-    Example:
+    Examples:
 
     >>> layer = keras_kt.KernelizedAttention(
     ...     2, 16, **keras_kt.paper_system("GMM-PRF", key_dim=16))

@@ -253,7 +253,7 @@ class KernelizedTransformerEncoder(_Block):
     Returns:
         `(batch, length, width)`.
 
-    Example:
+    Examples:
 
     >>> block = keras_kt.KernelizedTransformerEncoder(
     ...     64, num_heads=4, spectral_prior="mixture", normalize_first=True
@@ -323,7 +323,7 @@ class KernelizedTransformerDecoder(_Block):
     Returns:
         `(batch, length, width)`.
 
-    Example:
+    Examples:
 
     >>> block = keras_kt.KernelizedTransformerDecoder(64, num_heads=4)
     >>> x = np.zeros((2, 50, 32), "float32")

@@ -129,23 +129,37 @@ def test_docstring_examples_run_as_written(value):
     assert runner.run(examples).failed == 0
 
 
-def test_readme_code_runs_as_written(tmp_path, monkeypatch):
-    """All Python blocks, one after the other, in one namespace."""
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_documented_code_runs_as_written(page, tmp_path, monkeypatch):
+    """All Python blocks of a page, one after the other, in one namespace."""
     monkeypatch.chdir(tmp_path)
-    readme = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(blocks) >= 3
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     namespace = {}
     for index, block in enumerate(blocks):
-        code = compile(block, f"README.md, block {index + 1}", "exec")
+        code = compile(block, f"{page.name}, block {index + 1}", "exec")
         exec(code, namespace)  # noqa: S102
 
 
-def test_readme_links_lead_somewhere():
-    readme = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\(([^)#]+?)\)", readme):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            assert (page.parent / target).exists(), target
+
+
+def test_every_page_and_public_name_is_in_the_documentation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    reference = (ROOT / "docs" / "api.md").read_text()
+    for page in PAGES[1:]:
+        assert page.name in navigation
+    for name in keras_kt.__all__:
+        value = getattr(keras_kt, name)
+        # A constant has no docstring to show.
+        if name != "PAPER_SYSTEMS":
+            assert f"::: keras_kt.{name}\n" in reference, value
 
 
 def test_no_machine_paths_downloads_or_large_files():
