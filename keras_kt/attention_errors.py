@@ -100,6 +100,16 @@ def attention_error(model, data, *, teacher=None, batches=1):
 
     Returns:
         `AttentionErrors`.
+
+    Examples:
+
+    >>> x = keras.Input((None, 8))
+    >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+    >>> model, _ = keras_kt.convert_attention(keras.Model(x, y))
+    >>> batch = np.random.normal(size=(1, 9, 8)).astype("float32")
+    >>> errors = keras_kt.attention_error(model, batch)
+    >>> len(errors.heads), list(errors.layers)
+    (2, ['attention'])
     """
     captured = capture(model, data, batches, teacher)
     return errors_of(captured)
@@ -116,6 +126,19 @@ def closed_form_attention(model):
 
     Args:
         model: a model with `KernelizedAttention` layers.
+
+    Examples:
+
+    >>> x = keras.Input((None, 8))
+    >>> y = keras.layers.MultiHeadAttention(2, 4)(x, x)
+    >>> softmax = keras.Model(x, y)
+    >>> linear, _ = keras_kt.convert_attention(
+    ...     softmax,
+    ...     spectral_prior=keras_kt.NormalPrior(use_mean=True, radius="chi"))
+    >>> batch = np.random.normal(size=(1, 9, 8)).astype("float32")
+    >>> with keras_kt.closed_form_attention(linear):
+    ...     np.testing.assert_allclose(
+    ...         linear(batch), softmax(batch), atol=1e-5)
     """
 
     def attend(layer, q, k, v, visible):
