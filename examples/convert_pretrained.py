@@ -37,6 +37,8 @@ LEARNING_RATE = 2e-3
 FINE_TUNING_RATE = 5e-4
 # Fine-tuning takes this share of the steps that the softmax model took.
 SHARE = 0.2
+# Tokens in a picture of attention.
+SHOWN = 64
 
 
 def main():
@@ -46,17 +48,16 @@ def main():
         (texts[: args.examples], labels[: args.examples])
         for texts, labels in load_reviews(args.data_dir)
     )
-    results = {}
     for name in args.tasks:
         keras.utils.set_random_seed(args.seed)
         task = TASKS[name]
         data = task.arrays(train, args), task.arrays(test, args)
-        model, results[name] = stages(task, *data, args)
-        results[name]["speed"] = speed(task, args)
+        model, results = stages(name, *data, args)
+        results["speed"] = speed(task, args)
         if hasattr(model, "step"):
-            results[name]["stream"] = stream(model, args)
-        print_table(name, task.metric, results[name])
-    save_results(args.output / "convert_pretrained.json", args, **results)
+            results["stream"] = stream(model, args)
+        print_table(name, task.metric, results)
+        save_results(args.output / f"convert_{name}.json", args, **results)
 
 
 def parse_args():
@@ -218,13 +219,14 @@ def block(x):
     return keras.layers.Add()([x, keras.layers.Dense(WIDTH)(hidden)])
 
 
-def stages(task, train, test, args):
+def stages(name, train, test, args):
     """The trained linear model, and quality and error after each stage."""
+    task = TASKS[name]
     test = tuple(array[: args.test_examples] for array in test)
     rows = []
 
-    def report(name, model, seconds, is_linear=True):
-        row = {"stage": name, "seconds": seconds}
+    def report(stage, model, seconds, is_linear=True):
+        row = {"stage": stage, "seconds": seconds}
         row[task.metric] = task.score(
             model.predict(test[0], batch_size=args.batch_size, verbose=0),
             test[1],
@@ -235,7 +237,7 @@ def stages(task, train, test, args):
             )
             row["error by layer"] = list(errors.layers.values())
         rows.append(row)
-        print(f"{name}: {row}", flush=True)
+        print(f"{stage}: {row}", flush=True)
 
     teacher = task.build()
     seconds = fit(task, teacher, train, args, args.steps, LEARNING_RATE)
@@ -264,6 +266,7 @@ def stages(task, train, test, args):
     )
     report("calibrated", student, time.perf_counter() - start)
     print(calibration)
+    draw(name, student, calibration, test[0][:1], args)
 
     start = time.perf_counter()
     rng = np.random.default_rng(args.seed)
@@ -285,6 +288,31 @@ def stages(task, train, test, args):
         "stages": rows,
         "heads": [head._asdict() for head in calibration.after.heads],
     }
+
+
+def draw(name, model, calibration, inputs, args):
+    """Pictures of the calibrated model, if matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("No pictures: they need `pip install keras_kt[plot]`.")
+        return
+    matplotlib.use("Agg")
+    maps = keras_kt.diagnostics.attention_maps(model, inputs[:, :SHOWN])
+    typical = {
+        path: sorted(
+            (head for head in calibration.after.heads if head.path == path),
+            key=lambda head: head.matrix,
+        )[HEADS // 2].head
+        for path in calibration.after.layers
+    }
+    figures = {"errors": keras_kt.plots.plot_errors(calibration.after)}
+    for number, each in enumerate(maps):
+        figures[f"attention_{number}"] = keras_kt.plots.plot_attention(
+            each, head=typical[each.path]
+        )
+    for kind, figure in figures.items():
+        figure.savefig(args.output / f"convert_{name}_{kind}.png", dpi=110)
 
 
 def fit(task, model, train, args, steps, learning_rate):

@@ -295,7 +295,7 @@ def draw_curves(records):
     for (left, right), (_, systems) in zip(
         panels, records.items(), strict=True
     ):
-        for number, (attention, runs) in enumerate(sorted(systems.items())):
+        for attention, runs in sorted(systems.items()):
             for index, run in enumerate(runs):
                 points = run["curve"]
                 label = attention if index == 0 else None
@@ -304,19 +304,21 @@ def draw_curves(records):
                         [p[key] for p in points],
                         [p["validation"] for p in points],
                         label=label,
-                        **style(number, attention),
+                        **style(attention, systems),
                     )
         record = next(iter(systems.values()))[0]
         left.set_title(record["task"])
         left.set_xlabel("training step")
         left.set_ylabel(f"validation {record['score']}")
         right.set_xlabel("seconds of training")
-        right.set_xscale("log")
         left.legend(fontsize=7, ncols=2)
     return figure
 
 
-def style(number, attention):
+def style(attention, others):
+    """The same line for an attention in every panel."""
+    known = [*SYSTEMS, *sorted(set(others) - set(SYSTEMS))]
+    number = known.index(attention)
     return {
         "color": "k" if attention == "softmax" else f"C{number % 10}",
         "ls": "--" if attention.endswith("RKS") else "-",
@@ -375,14 +377,14 @@ def draw_sparsity(systems):
     if not systems:
         return None
     figure, panel = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for number, (attention, runs) in enumerate(sorted(systems.items())):
+    for attention, runs in sorted(systems.items()):
         rows = runs[0]["densities"]
         mean = [
             sum(run["densities"][i]["accuracy"] for run in runs) / len(runs)
             for i in range(len(rows))
         ]
         density = [row["density"] for row in rows]
-        panel.plot(density, mean, label=attention, **style(number, attention))
+        panel.plot(density, mean, label=attention, **style(attention, systems))
     uniform = [row["uniform"] for row in rows]
     panel.plot(density, uniform, ":", color="0.5", label="uniform attention")
     panel.set_xscale("log", base=2)

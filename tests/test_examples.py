@@ -39,9 +39,11 @@ def test_convert_pretrained_reports_every_stage(tmp_path):
         check=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    results = json.loads((tmp_path / "convert_pretrained.json").read_text())
     for task in ("classifier", "lm"):
-        stages = {row["stage"]: row for row in results[task]["stages"]}
+        results = json.loads((tmp_path / f"convert_{task}.json").read_text())
+        for kind in ("errors", "attention_0", "attention_1"):
+            assert (tmp_path / f"convert_{task}_{kind}.png").exists()
+        stages = {row["stage"]: row for row in results["stages"]}
         assert list(stages) == [
             "softmax",
             "plain orthogonal features",
@@ -56,4 +58,4 @@ def test_convert_pretrained_reports_every_stage(tmp_path):
             if name != "softmax"
         }
         assert errors["calibrated"] < errors["plain orthogonal features"]
-    assert results["lm"]["stream"]["sample"].startswith("This film ")
+    assert results["stream"]["sample"].startswith("This film ")
