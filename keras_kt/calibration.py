@@ -9,7 +9,7 @@ is: for each head
 
 with means a, b, and T such that q' and k' have the same second moments, which
 are diagonal and of the least possible trace (the matrix form of the balancing
-in SADERF, arXiv 2302.00787), and from there by descent of the measured error.
+in SADERF, arXiv 2302.00787), and from there by descent of the measured errors.
 T, a and b are folded into the projections, so the layer is as fast as before.
 `distil` trains the spectral prior on a teacher's attention, layer by layer.
 """
@@ -234,7 +234,7 @@ class _Change(NamedTuple):
 def _balance(item):
     """Gives one layer coordinates of little variance.
 
-    The best of three, by the measured error of each head: those it has, and
+    The best of three, by the measured errors of each head: those it has, and
     those of the theory, with tokens weighed alike or by their squared attention
     weights, which is how the error of the matrix weighs them.
     """
@@ -330,12 +330,12 @@ def _best_of(item, candidates):
 
 
 def _errors(item, change):
-    """Squared relative error of each head's attention matrix."""
+    """Each head's squared relative errors, of its matrix plus its output."""
     sums = sum(
-        np.stack(_squared_error(item.layer, change, *one))
+        np.stack(_sums_of_squares(item.layer, change, *one))
         for one in _examples(item)
     )
-    return sums[0] / np.maximum(sums[1], 1e-30)
+    return np.sum(sums[:2] / np.maximum(sums[2:], 1e-30), axis=0)
 
 
 def _examples(item):
@@ -345,11 +345,11 @@ def _examples(item):
             yield [x[one : one + 1] for x in batch]
 
 
-def _squared_error(layer, change, query, key, value, visible, weights):
-    """Sums of squares, by head: of the matrix's error, and of the matrix."""
+def _sums_of_squares(layer, change, query, key, value, visible, weights):
+    """By head: errors of the matrix and of the output, then both's norms."""
     change = _Change(*(tf.cast(x, tf.float32) for x in change))
     inverse = tf.linalg.matrix_transpose(tf.linalg.inv(change.maps))
-    _, estimated = attention_errors.estimate(
+    output, estimated = attention_errors.estimate(
         layer,
         tf.einsum("bthd,hed->bthe", query - change.shift_q, change.maps),
         tf.einsum("bthd,hed->bthe", key - change.shift_k, inverse),
@@ -357,10 +357,13 @@ def _squared_error(layer, change, query, key, value, visible, weights):
         visible,
         lambda: _shifted_prior(layer, change),
     )
-    axes = (0, 2, 3)
+    exact = tf.einsum("bhts,bshe->bthe", weights, value)
+    of_matrix, of_output = (0, 2, 3), (0, 1, 3)
     return (
-        tf.reduce_sum(tf.square(estimated - weights), axes),
-        tf.reduce_sum(tf.square(weights), axes),
+        tf.reduce_sum(tf.square(estimated - weights), of_matrix),
+        tf.reduce_sum(tf.square(output - exact), of_output),
+        tf.reduce_sum(tf.square(weights), of_matrix),
+        tf.reduce_sum(tf.square(exact), of_output),
     )
 
 
@@ -408,8 +411,8 @@ def _refined(item, change, steps):
     @tf.function(reduce_retracing=True)
     def step(*example):
         with tf.GradientTape() as tape:
-            error, total = _squared_error(layer, corrected(), *example)
-            loss = tf.reduce_sum(error / (total + 1e-9))
+            sums = tf.stack(_sums_of_squares(layer, corrected(), *example))
+            loss = tf.reduce_sum(sums[:2] / (sums[2:] + 1e-9))
         gradients = tape.gradient(
             loss, corrections, unconnected_gradients="zero"
         )

@@ -569,6 +569,13 @@ class FastFoodPrior(SpectralPrior):
 
     References:
         Le, Sarlós, Smola, "Fastfood", ICML 2013; arXiv 2110.08323, section 3.2.
+
+    Examples:
+
+    >>> layer = keras_kt.KernelizedAttention(
+    ...     2, 8, spectral_prior=keras_kt.FastFoodPrior())
+    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+    TensorShape([1, 4, 3])
     """
 
     def __init__(self, *, diagonal_regularizer=None, **kwargs):
@@ -672,6 +679,13 @@ class GeneratorPrior(SpectralPrior):
 
     References:
         arXiv 2110.08323, section 3.3; Li et al., "Implicit kernel learning".
+
+    Examples:
+
+    >>> prior = keras_kt.GeneratorPrior(hidden_units=(32,))
+    >>> layer = keras_kt.KernelizedAttention(2, 8, spectral_prior=prior)
+    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+    TensorShape([1, 4, 3])
     """
 
     def __init__(
