@@ -37,6 +37,8 @@ LEARNING_RATE = 2e-3
 FINE_TUNING_RATE = 5e-4
 # Fine-tuning takes this share of the steps that the softmax model took.
 SHARE = 0.2
+# Sequences that calibration looks at.
+CALIBRATING = 32
 # Tokens in a picture of attention.
 SHOWN = 64
 
@@ -262,7 +264,7 @@ def stages(name, train, test, args):
 
     start = time.perf_counter()
     calibration = keras_kt.calibrate(
-        student, train[0][:8], budget=args.features
+        student, train[0][:CALIBRATING], budget=args.features
     )
     report("calibrated", student, time.perf_counter() - start)
     print(calibration)

@@ -27,7 +27,7 @@ TARGETS = ("output", "matrix")
 # Second moments are regularised by this share of their mean eigenvalue.
 _SHRINKAGE = 1e-4
 # Of the gradient descent, in units of T and of a token's deviation.
-_REFINING_RATE = 1e-2
+_REFINING_RATE = 2e-2
 # Blocks of features that a layer may get within a budget.
 _BLOCKS = (1, 2, 4, 8, 16)
 
@@ -57,7 +57,7 @@ class CalibrationReport(NamedTuple):
         return "\n".join(lines)
 
 
-def calibrate(model, data, *, budget=None, batches=1, steps=100):
+def calibrate(model, data, *, budget=None, batches=1, steps=300):
     """Moves queries and keys of a converted model to where features are good.
 
     Changes the model in place: weights of the query and key projections, the
@@ -69,7 +69,8 @@ def calibrate(model, data, *, budget=None, batches=1, steps=100):
     Args:
         model: a model from `convert_attention`.
         data: one batch of inputs, or an iterator or `tf.data.Dataset` of them
-            (see `attention_error`). A few thousand tokens are enough.
+            (see `attention_error`). Some thousand tokens, of a few dozen
+            sequences: half of them decide whether the descent was of use.
         budget: mean of D over the layers. Features go where they reduce the
             error most, in whole blocks of 2 · key_dim. Defaults to `None`,
             which leaves D as it is. The model must be compiled again.
