@@ -8,6 +8,7 @@ attention, one schedule, one evaluation, one JSON file a run.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -337,6 +338,7 @@ def parse_args(doc, presets, extra=None):
 
 
 PRIORS = {
+    "fixed": functools.partial(keras_kt.NormalPrior, trainable=False),
     "normal": keras_kt.NormalPrior,
     "mixture": keras_kt.MixturePrior,
     "fastfood": keras_kt.FastFoodPrior,
