@@ -59,3 +59,61 @@ def test_convert_pretrained_reports_every_stage(tmp_path):
         }
         assert errors["calibrated"] < errors["plain orthogonal features"]
     assert results["stream"]["sample"].startswith("This film ")
+
+
+@pytest.mark.slow
+def test_sweep_runs_resumes_and_reports(tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "sweep.py"),
+        *("--tasks", "sparsity", "--results", str(tmp_path / "results")),
+        *("--work", str(tmp_path / "work"), "--jobs", "2"),
+        *(
+            "--attention",
+            "softmax",
+            "GMM-PRF",
+            "fixed:positive --decay constant",
+        ),
+        *("--", "--length", "16", "--steps", "2", "--examples", "32"),
+        *("--draws", "1", "--validations", "1"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first, second = (
+        subprocess.run(
+            command, check=True, env=environment, capture_output=True, text=True
+        ).stdout
+        for _ in range(2)
+    )
+    assert "3 runs, 0 of them done before" in first
+    assert "3 runs, 3 of them done before" in second
+    table = (tmp_path / "results" / "experiments.md").read_text()
+    for label in ("softmax", "GMM-PRF", "fixed-positive-decay-constant"):
+        assert f"| {label} |" in table
+        name = f"sparsity-{label}-0.json"
+        record = json.loads((tmp_path / "results" / name).read_text())
+        assert str(tmp_path) not in json.dumps(record)
+        profiles = record["kernels"]["trained"]
+        assert all(head[0] == 1.0 for layer in profiles for head in layer)
+        assert bool(profiles) == (label != "softmax")
+    for picture in ("experiments", "kernels", "sparsity"):
+        assert (tmp_path / "results" / f"{picture}.png").stat().st_size > 0
+
+
+def test_flags_that_would_do_nothing_are_refused():
+    for arguments in (
+        "--attention softmax --decay constant",
+        "--attention GMM-PRF --qk-norm l2",
+        "--attention normal:positive --components 3",
+    ):
+        run = subprocess.run(
+            [
+                sys.executable,
+                str(ROOT / "examples" / "synthetic_sparsity.py"),
+                *arguments.split(),
+            ],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 2
+        assert "does not apply to the --attention" in run.stderr
