@@ -213,7 +213,11 @@ def _softmax_map(layer, call):
     if layer.qk_norm or call["query"].shape.rank != 4:
         return None
     logits = attention_errors.nominal_logits(layer, call["query"], call["key"])
-    visible = attention_errors.visible_pairs(
+    return attention_errors.masked_softmax(logits, _visible(call)).numpy()
+
+
+def _visible(call):
+    return attention_errors.visible_pairs(
         call["query"],
         call["key"],
         call.get("attention_mask"),
@@ -221,7 +225,64 @@ def _softmax_map(layer, call):
         call.get("query_mask"),
         call.get("key_mask"),
     )
-    return attention_errors.masked_softmax(logits, visible).numpy()
+
+
+def kernel_errors(model, data):
+    """How far features are from the kernel that they estimate. O(length²).
+
+    It is the Monte Carlo error, apart from what was learned: against softmax
+    see `attention_error`. More features make it smaller.
+
+    Args:
+        model: a model with `KernelizedAttention` layers.
+        data: one batch of its inputs.
+
+    Returns:
+        Dictionary from paths to `(heads,)` arrays, relative Frobenius errors of
+        the attention matrix; `None` for a prior without a closed form, and for
+        a layer that forgets or has a near field.
+
+    Examples:
+
+    >>> x = keras.Input((None, 8))
+    >>> attention = keras_kt.KernelizedAttention(2, 4, name="attention")
+    >>> model = keras.Model(x, attention(x, x))
+    >>> batch = np.random.normal(size=(1, 9, 8))
+    >>> errors = keras_kt.diagnostics.kernel_errors(model, batch)
+    >>> errors["attention"].shape
+    (2,)
+    """
+    errors = {}
+    for path, layer, call, weights in _recorded(model, data, True):
+        exact = _closed_form_map(layer, call)
+        errors[path] = None
+        if exact is not None:
+            axes = (0, 2, 3)
+            error = np.square(weights - exact).sum(axes)
+            errors[path] = np.sqrt(error / np.square(exact).sum(axes))
+    return errors
+
+
+def _closed_form_map(layer, call):
+    """Attention weights of the prior's own kernel, or `None`."""
+    if layer.decay or layer.near_field or call["query"].shape.rank != 4:
+        return None
+    query, key, scale = call["query"], call["key"], layer.key_dim**-0.25
+    if layer.qk_norm:
+        query, key, scale = layer._qk_norm(query), layer._qk_norm(key), 1.0
+    visible = _visible(call).numpy()
+    maps = []
+    for q, k, seen in zip(query, key, visible, strict=True):
+        q, k = (scale * np.moveaxis(np.asarray(x), 1, 0) for x in (q, k))
+        try:
+            kernel = kernels.closed_form(
+                layer.spectral_prior, layer.feature_map, q, k
+            )
+        except ValueError:
+            return None
+        values = np.zeros((layer.num_heads, k.shape[1], 1))
+        maps.append(kernels.kernel_attention(kernel, values, seen)[1])
+    return np.stack(maps)
 
 
 def effective_features(model, data):

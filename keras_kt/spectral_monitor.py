@@ -1,22 +1,25 @@
 """A callback that writes a model's kernels to TensorBoard as it trains."""
 
+import importlib.util
+import io
 import logging
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kt import diagnostics
+from keras_kt import diagnostics, plots
 
 _LOG = logging.getLogger("keras_kt")
 
 
 class SpectralMonitor(keras.callbacks.Callback):
-    """Watches the kernels of a model: curves, histograms, warnings.
+    """Watches the kernels of a model: curves, histograms, pictures, warnings.
 
     For each `KernelizedAttention`, at the end of an epoch: the norms of its
     frequencies and the kernel's value at some distances, by head; a mixture's
-    probabilities; learned temperatures and smoothing. What `diagnostics.health`
+    probabilities; learned temperatures and smoothing; a picture of the kernels,
+    if matplotlib is installed. What `diagnostics.health`
     finds is logged as a warning, once.
 
     Args:
@@ -46,6 +49,7 @@ class SpectralMonitor(keras.callbacks.Callback):
         self.log_dir = str(log_dir)
         self.every = every
         self.data = data
+        self._has_pictures = importlib.util.find_spec("matplotlib") is not None
         self.distances = tuple(distances)
         self._writer = None
 
@@ -61,6 +65,13 @@ class SpectralMonitor(keras.callbacks.Callback):
         summary = tf.compat.v1.Summary()
         for path, layer in diagnostics.layers_of(self.model).items():
             _add_layer(summary, path, layer, self.distances)
+            if self._has_pictures:
+                summary.value.add(
+                    tag=f"{path}/kernels",
+                    image=tf.compat.v1.Summary.Image(
+                        encoded_image_string=_picture(layer)
+                    ),
+                )
         with self._writer.as_default():
             # TensorFlow's own functions need TensorBoard to be installed.
             tf.summary.experimental.write_raw_pb(
@@ -94,6 +105,16 @@ def _add_layer(summary, path, layer, distances):
     for name, values in _learned(layer).items():
         for head, value in enumerate(np.reshape(values, -1)):
             summary.value.add(tag=f"{path}/{name}_{head}", simple_value=value)
+
+
+def _picture(layer):
+    """The kernels of a layer, as PNG."""
+    from matplotlib import pyplot
+
+    figure, file = plots.plot_kernels(layer), io.BytesIO()
+    figure.savefig(file, dpi=60)
+    pyplot.close(figure)
+    return file.getvalue()
 
 
 def _histogram(values, bins=20):

@@ -108,6 +108,35 @@ def test_no_softmax_of_normalised_queries():
     assert found.softmax is None
 
 
+@pytest.mark.parametrize("qk_norm", [None, "l2"])
+@pytest.mark.parametrize("feature_map", ["positive", "trigonometric"])
+def test_kernel_errors_fall_with_features(feature_map, qk_norm):
+    """As 1/sqrt(D); masked keys and what has no closed form take no part."""
+    x = keras.Input((None, WIDTH))
+    y = keras.layers.Masking()(x)
+    inputs = batch(0.5)
+    inputs[:, 6:] = 0.0
+    errors = []
+    for count in (64, 4096):
+        attention = keras_kt.KernelizedAttention(
+            HEADS,
+            DIM,
+            spectral_prior=keras_kt.NormalPrior(coupling="iid", radius="chi"),
+            feature_map=feature_map,
+            num_features=count,
+            qk_norm=qk_norm,
+            name="attention",
+            seed=3,
+        )
+        model = keras.Model(x, attention(y, y, use_causal_mask=True))
+        found = diagnostics.kernel_errors(model, inputs)
+        errors.append(found["attention"].mean())
+    assert 0.0 < errors[1] < 0.3 * errors[0] < 0.2
+    for options in ({"decay": "constant"}, {"spectral_prior": "generator"}):
+        found = diagnostics.kernel_errors(model_of(**options), inputs)
+        assert found["attention"] is None
+
+
 @pytest.mark.parametrize("feature_map", ["positive", "trigonometric"])
 def test_effective_features(feature_map):
     model = model_of(feature_map=feature_map, num_features=16)
@@ -251,6 +280,7 @@ def test_monitor_writes_and_warns_once(tmp_path, caplog):
             steps.setdefault(value.tag, []).append(event.step)
     assert steps["attention/head_0/frequency_norm"] == [1, 3]
     for tag in (
+        "attention/kernels",
         "attention/head_1/kernel_at_2",
         "attention/component_1/probability_of_head_0",
         "attention/temperature_of_head_1",
