@@ -73,7 +73,8 @@ def calibrate(model, data, *, budget=None, batches=1, steps=300):
             sequences: half of them decide whether the descent was of use.
         budget: mean of D over the layers. Features go where they reduce the
             error most, in whole blocks of 2 · key_dim. Defaults to `None`,
-            which leaves D as it is. The model must be compiled again.
+            which leaves D as it is. The model must be compiled again, and a
+            `tf.function` of yours that has called it must be made again.
         batches: how many batches to take of a dataset or iterator.
         steps: of gradient descent on a, b and T, one example each. 0 for none.
 
@@ -113,7 +114,7 @@ def calibrate(model, data, *, budget=None, batches=1, steps=300):
         moved.append(_balance(item))
     if budget is not None:
         _spend(moved, budget)
-        model.compiled = False
+        _forget_compilation(model)
     if steps:
         # Last, since it is for the draw that the layer has.
         moved = [
@@ -516,6 +517,15 @@ def _spend(items, budget):
         layer = item.layer
         layer.num_features = count
         replace_layer(layer, layer.spectral_prior, priors[count][0])
+
+
+def _forget_compilation(model):
+    """What Keras traced before would go on with the priors of that time."""
+    model.compiled = False
+    for part in model._flatten_layers():
+        for kind in ("train", "test", "predict"):
+            if getattr(part, f"{kind}_function", None) is not None:
+                setattr(part, f"{kind}_function", None)
 
 
 def _prior_with(layer, num_features):

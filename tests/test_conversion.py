@@ -546,7 +546,12 @@ def test_budget_goes_where_the_error_is(tmp_path):
     for weight in model.get_layer("mild").query_dense.weights:
         weight.assign(0.01 * weight)
     converted, _ = keras_kt.convert_attention(model)
+    converted.predict(floats(), verbose=0)
     report = keras_kt.calibrate(converted, floats(31), budget=50)
+    # What was traced for the prior of before is not used again.
+    np.testing.assert_allclose(
+        converted.predict(floats(), verbose=0), converted(floats()), atol=1e-5
+    )
     counts = {h.path: h.num_features for h in report.after.heads}
     assert counts["mild"] < counts["sharp"] and sum(counts.values()) <= 100
     assert converted.get_layer("sharp").num_features == counts["sharp"]
