@@ -550,7 +550,7 @@ def test_budget_goes_where_the_error_is(tmp_path):
     report = keras_kt.calibrate(converted, floats(31), budget=50)
     # What was traced for the prior of before is not used again.
     np.testing.assert_allclose(
-        converted.predict(floats(), verbose=0), converted(floats()), atol=1e-5
+        converted.predict(floats(), verbose=0), converted(floats()), rtol=1e-4
     )
     counts = {h.path: h.num_features for h in report.after.heads}
     assert counts["mild"] < counts["sharp"] and sum(counts.values()) <= 100
