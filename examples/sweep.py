@@ -32,8 +32,8 @@ HERE = Path(__file__).parent
 LOCKS = defaultdict(threading.Lock)
 # The script of a task, its flags, and what it must beat (see the README).
 TASKS = {
-    "listops": ("listops.py", (), "outermost operator 0.37"),
-    "text": ("text_classification.py", (), "byte counts 0.644"),
+    "listops": ("listops.py", (), "first operator alone 0.320"),
+    "text": ("text_classification.py", (), "byte counts 0.646"),
     "image": (
         "image_classification.py",
         ("--task", "cifar10"),
