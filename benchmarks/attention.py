@@ -631,6 +631,66 @@ def plot(record, path):
     figure.savefig(path, dpi=150)
 
 
+def plot_memory(record, path):
+    """Peak memory against length, the better of XLA and not."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = record["memory"]
+    figure, axis = plt.subplots(figsize=(5.2, 4))
+    lengths = sorted({row["length"] for row in rows})
+    for name in dict.fromkeys(row["column"] for row in rows):
+        peaks = {
+            n: min(
+                (
+                    row["peak"]
+                    for row in rows
+                    if row["column"] == name and row["length"] == n
+                ),
+                default=None,
+            )
+            for n in lengths
+        }
+        axis.loglog(
+            [n for n in lengths if peaks[n]],
+            [peaks[n] / 2**20 for n in lengths if peaks[n]],
+            "o-",
+            label=name,
+            markersize=4,
+        )
+    axis.loglog(
+        lengths,
+        [
+            next(r["tensors"] for r in rows if r["length"] == n) / 2**20
+            for n in lengths
+        ],
+        "k:",
+        label="q, k, v, output and gradients",
+    )
+    axis.set_xticks(lengths, [f"{n:,}" for n in lengths], fontsize=7)
+    axis.minorticks_off()
+    axis.set_xlabel("length, batch 1")
+    axis.set_ylabel("peak of a training step, MiB")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def draw(record, path):
+    """The pictures of a record, if matplotlib is installed."""
+    try:
+        if "timings" in record:
+            plot(record, path.with_suffix(".png"))
+        elif "memory" in record:
+            plot_memory(record, path.with_suffix(".png"))
+        print(f"wrote {path.with_suffix('.png')}")
+    except ImportError:
+        print("matplotlib is missing: pip install 'keras_kt[plot]'")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
@@ -651,11 +711,14 @@ def main():
     add("--decode", action="store_true", help="time of one token")
     add("--no-timings", action="store_true")
     add("--output", default="results/attention")
+    add("--plot", type=Path, help="draw this JSON again, measure nothing")
     add("--peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         name, length, jit = args.peak
         return peak_of_one(args, name, int(length), jit)
+    if args.plot:
+        return draw(json.loads(args.plot.read_text()), args.plot)
     record = {
         # Names, not paths, of this machine's files.
         "arguments": {
@@ -679,12 +742,7 @@ def main():
     path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     path.with_suffix(".md").write_text(tables(record))
     print(f"wrote {path.with_suffix('.json')} and {path.with_suffix('.md')}")
-    if "timings" in record:
-        try:
-            plot(record, path.with_suffix(".png"))
-            print(f"wrote {path.with_suffix('.png')}")
-        except ImportError:
-            print("matplotlib is missing: pip install 'keras_kt[plot]'")
+    draw(record, path)
 
 
 if __name__ == "__main__":
