@@ -31,7 +31,7 @@ def arguments(name, folder, **values):
         data_dir=folder,
         seed=0,
         preset=common.dataclasses.replace(preset, **fields),
-        **rest,
+        **dict.fromkeys((*common.LAYER_FLAGS, *common.KERNEL_FLAGS)) | rest,
     )
 
 
