@@ -28,6 +28,8 @@ class SpectralMonitor(keras.callbacks.Callback):
         data: a batch of the model's inputs for `health`, which takes a forward
             pass then. Defaults to `None`, which looks at weights only.
         distances: |q − k| at which kernels are written.
+        pictures: records between two pictures, which take longest. Defaults to
+            10, the first record included; 0 for none.
 
     Examples:
 
@@ -39,7 +41,14 @@ class SpectralMonitor(keras.callbacks.Callback):
     >>> _ = model.fit(batch, batch, callbacks=[monitor], verbose=0)
     """
 
-    def __init__(self, log_dir, every=1, data=None, distances=(1.0, 2.0, 5.0)):
+    def __init__(
+        self,
+        log_dir,
+        every=1,
+        data=None,
+        distances=(1.0, 2.0, 5.0),
+        pictures=10,
+    ):
         super().__init__()
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(
@@ -49,7 +58,9 @@ class SpectralMonitor(keras.callbacks.Callback):
         self.log_dir = str(log_dir)
         self.every = every
         self.data = data
-        self._has_pictures = importlib.util.find_spec("matplotlib") is not None
+        if importlib.util.find_spec("matplotlib") is None:
+            pictures = 0
+        self.pictures = pictures
         self.distances = tuple(distances)
         self._writer = None
 
@@ -57,15 +68,17 @@ class SpectralMonitor(keras.callbacks.Callback):
         # Told here and not after the first epoch.
         diagnostics.layers_of(self.model)
         self._writer = tf.summary.create_file_writer(self.log_dir)
-        self._said = set()
+        self._said, self._records = set(), 0
 
     def on_epoch_end(self, epoch, logs=None):
         if (epoch + 1) % self.every:
             return
+        has_picture = self.pictures and self._records % self.pictures == 0
+        self._records += 1
         summary = tf.compat.v1.Summary()
         for path, layer in diagnostics.layers_of(self.model).items():
             _add_layer(summary, path, layer, self.distances)
-            if self._has_pictures:
+            if has_picture:
                 summary.value.add(
                     tag=f"{path}/kernels",
                     image=tf.compat.v1.Summary.Image(

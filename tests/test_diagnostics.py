@@ -279,6 +279,7 @@ def test_monitor_writes_and_warns_once(tmp_path, caplog):
         for value in event.summary.value:
             steps.setdefault(value.tag, []).append(event.step)
     assert steps["attention/head_0/frequency_norm"] == [1, 3]
+    assert steps["attention/kernels"] == [1]
     for tag in (
         "attention/kernels",
         "attention/head_1/kernel_at_2",
