@@ -448,6 +448,15 @@ def test_calibration_makes_no_head_worse(scale):
     assert with_descent < with_none if scale < 1 else with_descent <= with_none
 
 
+def test_coordinates_that_are_not_finite_lose():
+    converted, _ = keras_kt.convert_attention(one_layer())
+    (item,) = attention_errors.capture(converted, floats(), 1)
+    start = calibration._unchanged(item.layer)
+    broken = start._replace(maps=np.nan * start.maps)
+    best = calibration._best_of(item, [broken, start])
+    np.testing.assert_array_equal(best.maps, start.maps)
+
+
 def test_calibration_halves_the_error_of_plain_orthogonal_features():
     """On inputs that were not calibrated on, at equal D."""
     model, x = one_layer(0.3), floats(61, seed=9)
