@@ -253,8 +253,13 @@ def _descend(item, steps):
     """
     rest = _part(item, 1)
     start = _unchanged(item.layer)
-    found = _refined(_part(item, 0), start, steps)
-    return _fold(item, _best_of(rest, [start, found]))
+    try:
+        found = _refined(_part(item, 0), start, steps)
+        best = _best_of(rest, [start, found])
+    except tf.errors.InvalidArgumentError:
+        # T has become singular, or NaN.
+        return item
+    return _fold(item, best)
 
 
 def _part(item, offset):

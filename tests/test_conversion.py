@@ -452,9 +452,18 @@ def test_coordinates_that_are_not_finite_lose():
     converted, _ = keras_kt.convert_attention(one_layer())
     (item,) = attention_errors.capture(converted, floats(), 1)
     start = calibration._unchanged(item.layer)
-    broken = start._replace(maps=np.nan * start.maps)
+    broken = start._replace(shift_q=start.shift_q + np.nan)
     best = calibration._best_of(item, [broken, start])
-    np.testing.assert_array_equal(best.maps, start.maps)
+    np.testing.assert_array_equal(best.shift_q, start.shift_q)
+
+
+def test_a_descent_that_diverges_is_left(monkeypatch):
+    converted, _ = keras_kt.convert_attention(one_layer())
+    monkeypatch.setattr(calibration, "_REFINING_RATE", 1e30)
+    report = keras_kt.calibrate(converted, floats(31))
+    for head in report.after.heads:
+        assert np.isfinite(head.matrix) and np.isfinite(head.output)
+    assert np.isfinite(converted(floats())).all()
 
 
 def test_calibration_halves_the_error_of_plain_orthogonal_features():
