@@ -150,6 +150,14 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/experiments.md"])
+def test_results_are_those_of_the_last_sweep(page):
+    text = (ROOT / page).read_text()
+    table = text.split("<!-- overview -->")[1].split("<!-- end -->")[0]
+    folder = ROOT / "results" / "experiments"
+    assert table.strip() in (folder / "experiments.md").read_text()
+
+
 def test_every_page_and_public_name_is_in_the_documentation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     reference = (ROOT / "docs" / "api.md").read_text()
