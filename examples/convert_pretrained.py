@@ -39,7 +39,7 @@ FINE_TUNING_RATE = 5e-4
 SHARE = 0.2
 # Sequences that calibration looks at.
 CALIBRATING = 32
-# Tokens in a picture of attention.
+# Tokens in a picture of attention, beyond the near field.
 SHOWN = 64
 
 
@@ -300,7 +300,9 @@ def draw(name, model, calibration, inputs, args):
         print("No pictures: they need `pip install keras_kt[plot]`.")
         return
     matplotlib.use("Agg")
-    maps = keras_kt.diagnostics.attention_maps(model, inputs[:, :SHOWN])
+    # A near field alone would show softmax itself.
+    shown = SHOWN + (TASKS[name].near_field(args) or 0)
+    maps = keras_kt.diagnostics.attention_maps(model, inputs[:, :shown])
     typical = {
         path: sorted(
             (head for head in calibration.after.heads if head.path == path),

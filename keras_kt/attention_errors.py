@@ -163,7 +163,7 @@ def closed_form_attention(model):
         heads = tf.numpy_function(oracle, [q, k, v, visible], tf.float32)
         return tf.ensure_shape(heads, (*q.shape[:3], v.shape[3]))
 
-    with _intercepted(list(_kernelized(model).values()), attend):
+    with _intercepted(list(kernelized_layers(model).values()), attend):
         yield
 
 
@@ -188,7 +188,8 @@ class Captured(NamedTuple):
     weights: tf.Tensor
 
 
-def _kernelized(model):
+def kernelized_layers(model) -> dict:
+    """The `KernelizedAttention` layers of a model by path."""
     found = {
         path: layer
         for path, layer in attention_layers(model).items()
@@ -204,7 +205,7 @@ def _kernelized(model):
 
 def pairs_of_layers(student, teacher):
     """`(path, student's layer, teacher's layer)` of converted layers."""
-    _kernelized(student)
+    kernelized_layers(student)
     ours, theirs = attention_layers(student), attention_layers(teacher)
     # Names that Keras chose differ where a class makes its own layers.
     by_position = theirs.values()
@@ -333,7 +334,7 @@ def _attend_softmax(sink, layer, query, key, value, visible):
 
 def capture(model, data, batches, teacher=None):
     """What converted layers attend to; a list of `Captured`."""
-    found = _kernelized(model)
+    found = kernelized_layers(model)
     pairs = None if teacher is None else pairs_of_layers(model, teacher)
     items = []
     for inputs in input_batches(data, batches):

@@ -16,7 +16,6 @@ import tensorflow as tf
 
 from keras_kt import attention_errors, kernels
 from keras_kt.attention import KernelizedAttention
-from keras_kt.conversion import attention_layers
 from keras_kt.feature_maps import TrigonometricFeatures
 
 # A component with less than this share of an even one has died.
@@ -34,7 +33,7 @@ class KernelProfile(NamedTuple):
 
     Attributes:
         distances: `(points,)`, |q − k| before the layer scales queries and
-            keys.
+            keys, or after qk_norm, where lengths are its learned √τ.
         kernel: `(heads, points)`, of the frequencies that are drawn, a mean
             over directions of q − k.
         closed_form: the same of the prior's own law, or `None` for a prior
@@ -123,8 +122,7 @@ def kernel_profile(layer, distances=None, *, directions=64, seed=0):
     unit = np.random.default_rng(seed).normal(size=(directions, layer.key_dim))
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     omega, weights = spectrum(layer)
-    # With qk_norm the learned temperature scales what has length one.
-    scale = layer.key_dim**-0.25
+    scale = 1.0 if layer.qk_norm else layer.key_dim**-0.25
     angles = scale * np.einsum("hmd,nd->hmn", omega, unit)
     profile = np.stack(
         [
@@ -512,16 +510,7 @@ def _recorded(model, data, with_weights=False):
 
 def layers_of(model):
     """The `KernelizedAttention` layers of a model by path, all built."""
-    found = {
-        path: layer
-        for path, layer in attention_layers(model).items()
-        if isinstance(layer, KernelizedAttention)
-    }
-    if not found:
-        raise ValueError(
-            "`model` must have KernelizedAttention layers. Received: "
-            f"{model.name!r}, which has none."
-        )
+    found = attention_errors.kernelized_layers(model)
     for layer in found.values():
         _check_layer(layer)
     return found

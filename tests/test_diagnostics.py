@@ -45,6 +45,17 @@ def test_profile_of_a_normal_prior_is_a_gaussian():
     np.testing.assert_allclose(profile.kernel[:, 0], 1.0, atol=1e-6)
 
 
+def test_normalised_queries_are_not_scaled_again():
+    prior = keras_kt.NormalPrior(radius="chi")
+    layer = built(spectral_prior=prior, num_features=8192, qk_norm="l2")
+    profile = diagnostics.kernel_profile(layer, [1.0, 2.0])
+    expected = np.exp(-0.5 * profile.distances**2)
+    np.testing.assert_allclose(
+        profile.closed_form, [expected] * HEADS, rtol=1e-5
+    )
+    np.testing.assert_allclose(profile.kernel, [expected] * HEADS, atol=0.02)
+
+
 def test_profile_without_a_closed_form():
     layer = built(spectral_prior="generator", feature_map="trigonometric")
     assert diagnostics.kernel_profile(layer).closed_form is None
@@ -178,6 +189,7 @@ def test_constant_kernels_and_lost_parameters_are_found():
         np.nan * np.ones(layer.spectral_prior.weights[0].shape)
     )
     found = problems(diagnostics.health(layer))
+    assert len(found) == HEADS
     assert all("not finite" in problem for problem in found)
 
 
