@@ -620,13 +620,11 @@ def _moving_sum(x, count):
 
 def _merge(*parts):
     """Attention to disjoint keys as one: outputs by their normalisers."""
-    outputs, logarithms = zip(*parts, strict=True)
-    scale = tf.stop_gradient(tf.reduce_max(tf.stack(logarithms), axis=0))
-    shares = [tf.exp(x - scale) for x in logarithms]
-    total = tf.add_n(shares)
-    return tf.add_n(
-        [x * w / total for x, w in zip(outputs, shares, strict=True)]
-    )
+    # Not `add_n`, which sums three parts in an order that changes from call to
+    # call: it begins with whichever buffer happens to be free.
+    outputs, logarithms = (tf.stack(x) for x in zip(*parts, strict=True))
+    shares = tf.nn.softmax(logarithms, axis=0)
+    return tf.reduce_sum(outputs * shares, axis=0)
 
 
 def _recomputed(function, *tensors):

@@ -7,6 +7,8 @@ import numpy as np
 
 from keras_kt import diagnostics
 
+_STROKES = ("-", "--", ":", "-.")
+
 
 def plot_kernels(layer, before=None):
     """The kernel of each head against distance.
@@ -149,7 +151,13 @@ def plot_errors(errors):
     panel.bar(places - 0.2, [h.matrix for h in errors.heads], 0.4)
     panel.bar(places + 0.2, [h.output for h in errors.heads], 0.4)
     panel.plot(places, [h.uniform for h in errors.heads], "k_", markersize=14)
-    panel.legend(["uniform attention", "matrix", "output"], fontsize=8)
+    # Above the panel, where it hides no marker.
+    figure.legend(
+        ["uniform attention", "matrix", "output"],
+        loc="outside upper center",
+        ncols=3,
+        fontsize=8,
+    )
     panel.set_xticks(
         places,
         [f"{h.path} {h.head}" for h in errors.heads],
@@ -157,6 +165,72 @@ def plot_errors(errors):
         size=7,
     )
     panel.set_ylabel("relative error against softmax")
+    return figure
+
+
+def plot_history(monitor, path=None):
+    """How the kernels of one layer moved while it trained.
+
+    Args:
+        monitor: a `SpectralMonitor` that has watched a training.
+        path: the layer's path, as in `monitor.history`. Defaults to `None`,
+            which means the first.
+
+    Returns:
+        A matplotlib figure, a panel for each quantity of `monitor.history`;
+        colours are heads, strokes are distances or a mixture's components.
+
+    Examples:
+
+    >>> x = keras.Input((None, 8))
+    >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
+    >>> model.compile("sgd", "mse")
+    >>> batch = np.zeros((4, 6, 8))
+    >>> monitor = keras_kt.SpectralMonitor(tempfile.mkdtemp())
+    >>> _ = model.fit(batch, batch, callbacks=[monitor], verbose=0)
+    >>> figure = keras_kt.plots.plot_history(monitor)
+    """
+    history = getattr(monitor, "history", None)
+    if not history:
+        raise ValueError(
+            "`monitor` must be a SpectralMonitor that has watched at least one "
+            f"epoch. Received: monitor={monitor!r}, which has no records. Give "
+            "it to `fit` as a callback first."
+        )
+    path = next(iter(history)) if path is None else path
+    if path not in history:
+        raise ValueError(
+            f"`path` must be one of {sorted(history)}. Received: path={path!r}"
+        )
+    figure, panels = _pyplot().subplots(
+        1,
+        len(history[path]),
+        figsize=(4.5 * len(history[path]), 3.6),
+        layout="constrained",
+        squeeze=False,
+    )
+    for panel, (name, records) in zip(
+        panels[0], history[path].items(), strict=True
+    ):
+        _, heads, columns = np.shape(records)
+        labels = [""] * columns
+        if name == "kernel":
+            labels = [f"|q − k| = {d:g}" for d in monitor.distances]
+        elif name == "probability":
+            labels = [f"component {i}" for i in range(columns)]
+        for head in range(heads):
+            for column, label in enumerate(labels):
+                panel.plot(
+                    monitor.epoch,
+                    [record[head, column] for record in records],
+                    color=f"C{head}",
+                    linestyle=_STROKES[column % len(_STROKES)],
+                    marker=".",
+                    label=", ".join(filter(None, (f"head {head}", label))),
+                )
+        panel.set_title(f"{path}: {name}", size=9)
+        panel.set_xlabel("epoch")
+        panel.legend(fontsize=6, ncols=heads)
     return figure
 
 

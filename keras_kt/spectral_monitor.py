@@ -31,6 +31,14 @@ class SpectralMonitor(keras.callbacks.Callback):
         pictures: records between two pictures, which take longest. Defaults to
             10, the first record included; 0 for none.
 
+    Attributes:
+        epoch: numbers of the epochs that were recorded, from 0.
+        history: dict from a layer's path to a dict of lists, an array for each
+            recorded epoch: `"kernel"` `(heads, distances)`, and what the layer
+            has of `"probability"` `(heads, components)`, `"temperature"`
+            `(heads, 1)` and `"smoothing"` `(heads, 1)`. `plots.plot_history`
+            draws it.
+
     Examples:
 
     >>> x = keras.Input((None, 8))
@@ -39,6 +47,8 @@ class SpectralMonitor(keras.callbacks.Callback):
     >>> batch = np.zeros((4, 6, 8))
     >>> monitor = keras_kt.SpectralMonitor(tempfile.mkdtemp())
     >>> _ = model.fit(batch, batch, callbacks=[monitor], verbose=0)
+    >>> monitor.history["kernelized_attention"]["kernel"][0].shape
+    (2, 3)
     """
 
     def __init__(
@@ -68,16 +78,21 @@ class SpectralMonitor(keras.callbacks.Callback):
         # Told here and not after the first epoch.
         diagnostics.layers_of(self.model)
         self._writer = tf.summary.create_file_writer(self.log_dir)
-        self._said, self._records = set(), 0
+        self._said = set()
+        self.epoch, self.history = [], {}
 
     def on_epoch_end(self, epoch, logs=None):
         if (epoch + 1) % self.every:
             return
-        has_picture = self.pictures and self._records % self.pictures == 0
-        self._records += 1
+        has_picture = self.pictures and len(self.epoch) % self.pictures == 0
+        self.epoch.append(epoch)
         summary = tf.compat.v1.Summary()
         for path, layer in diagnostics.layers_of(self.model).items():
-            _add_layer(summary, path, layer, self.distances)
+            values = _values(layer, self.distances)
+            _add_layer(summary, path, layer, values, self.distances)
+            past = self.history.setdefault(path, {name: [] for name in values})
+            for name, value in values.items():
+                past[name].append(value)
             if has_picture:
                 summary.value.add(
                     tag=f"{path}/kernels",
@@ -101,23 +116,37 @@ class SpectralMonitor(keras.callbacks.Callback):
         self._writer.close()
 
 
-def _add_layer(summary, path, layer, distances):
+def _values(layer, distances):
+    """Arrays with a row a head, by name: what `history` holds."""
+    values = {"kernel": diagnostics.kernel_profile(layer, distances).kernel}
+    prior, feature_map = layer.spectral_prior, layer.feature_map
+    if prior.num_components > 1:
+        values["probability"] = np.exp(prior.log_probabilities)
+    if layer.qk_norm:
+        values["temperature"] = layer._qk_norm.temperature
+    if hasattr(feature_map, "smoothing_weights"):
+        values["smoothing"] = feature_map.smoothing_weights
+    return {
+        name: np.reshape(value, (layer.num_heads, -1))
+        for name, value in values.items()
+    }
+
+
+def _add_layer(summary, path, layer, values, distances):
     norms = np.linalg.norm(diagnostics.spectrum(layer).frequencies, axis=-1)
-    profile = diagnostics.kernel_profile(layer, distances)
     for head in range(layer.num_heads):
         place = f"{path}/head_{head}"
         summary.value.add(
             tag=f"{place}/frequency_norm", histo=_histogram(norms[head])
         )
-        for distance, value in zip(
-            distances, profile.kernel[head], strict=True
-        ):
-            summary.value.add(
-                tag=f"{place}/kernel_at_{distance:g}", simple_value=value
-            )
-    for name, values in _learned(layer).items():
-        for head, value in enumerate(np.reshape(values, -1)):
-            summary.value.add(tag=f"{path}/{name}_{head}", simple_value=value)
+        for name, rows in values.items():
+            for column, value in enumerate(rows[head]):
+                tag = name
+                if name == "kernel":
+                    tag = f"kernel_at_{distances[column]:g}"
+                elif name == "probability":
+                    tag = f"probability_of_component_{column}"
+                summary.value.add(tag=f"{place}/{tag}", simple_value=value)
 
 
 def _picture(layer):
@@ -141,20 +170,3 @@ def _histogram(values, bins=20):
         bucket_limit=edges[1:],
         bucket=counts,
     )
-
-
-def _learned(layer):
-    """Scalars that a layer learns beside its prior's shape, by name."""
-    learned = {}
-    prior, feature_map = layer.spectral_prior, layer.feature_map
-    if prior.num_components > 1:
-        shares = np.exp(prior.log_probabilities)
-        for component in range(shares.shape[1]):
-            learned[f"component_{component}/probability_of_head"] = shares[
-                :, component
-            ]
-    if layer.qk_norm:
-        learned["temperature_of_head"] = layer._qk_norm.temperature
-    if hasattr(feature_map, "smoothing_weights"):
-        learned["smoothing_of_head"] = feature_map.smoothing_weights
-    return learned

@@ -13,7 +13,6 @@ def layer_contract(
     call=None,
     exact_jit=1e-5,
     half=0.1,
-    served_tolerance=0.0,
     jit_fit=False,
 ):
     """Checks a layer as Keras users use layers.
@@ -25,7 +24,6 @@ def layer_contract(
         call: keyword arguments of every call.
         exact_jit: tolerance between XLA, graphs and eager.
         half: tolerance between half precision and float32.
-        served_tolerance: between a SavedModel and the same graph.
         jit_fit: whether to compile the training step with XLA too.
     """
     call = call or {}
@@ -78,9 +76,7 @@ def layer_contract(
     # into other blocks, which round differently.
     spec = [tf.TensorSpec(x.shape, "float32") for x in inputs]
     dynamic = tf.function(model, input_signature=[spec])
-    np.testing.assert_allclose(
-        served.serve(tensors), dynamic(tensors), rtol=0, atol=served_tolerance
-    )
+    np.testing.assert_array_equal(served.serve(tensors), dynamic(tensors))
     np.testing.assert_allclose(dynamic(tensors), model(arrays), atol=exact_jit)
 
     for policy in ("mixed_bfloat16", "mixed_float16"):

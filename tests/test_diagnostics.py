@@ -295,10 +295,33 @@ def test_monitor_writes_and_warns_once(tmp_path, caplog):
     for tag in (
         "attention/kernels",
         "attention/head_1/kernel_at_2",
-        "attention/component_1/probability_of_head_0",
-        "attention/temperature_of_head_1",
+        "attention/head_0/probability_of_component_1",
+        "attention/head_1/temperature",
     ):
         assert tag in steps, sorted(steps)
+    assert monitor.epoch == [1, 3]
+    past = monitor.history["attention"]
+    layer = model.get_layer("attention")
+    np.testing.assert_allclose(
+        past["kernel"][-1],
+        diagnostics.kernel_profile(layer, monitor.distances).kernel,
+    )
+    np.testing.assert_allclose(
+        past["probability"][-1], np.exp(layer.spectral_prior.log_probabilities)
+    )
+    figure = plots.plot_history(monitor)
+    titles = [panel.get_title().split(": ")[1] for panel in figure.axes]
+    assert titles == ["kernel", "probability", "temperature"]
+    lines = figure.axes[1].lines
+    assert len(lines) == 2 * HEADS
+    np.testing.assert_allclose(lines[0].get_xdata(), monitor.epoch)
+    np.testing.assert_allclose(
+        lines[1].get_ydata(), [record[0, 1] for record in past["probability"]]
+    )
+    with pytest.raises(ValueError, match="`path` must be one of"):
+        plots.plot_history(monitor, "other")
+    with pytest.raises(ValueError, match="watched at least one epoch"):
+        plots.plot_history(keras_kt.SpectralMonitor(tmp_path))
 
 
 def test_monitor_refuses():

@@ -306,9 +306,6 @@ def test_contract_of_the_options(options, causal, tmp_path):
         (SHAPE, SHAPE),
         tmp_path,
         call={"use_causal_mask": causal},
-        # TensorFlow's graph optimiser may sum near and far in another order
-        # (1.5e-7 seen); without it both are equal bit for bit.
-        served_tolerance=1e-6 if "near_field" in options else 0.0,
         jit_fit=options == LAYERS[0],
     )
     config = make(**options).get_config()
