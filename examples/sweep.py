@@ -183,10 +183,11 @@ def read_records(folder):
     records = defaultdict(lambda: defaultdict(list))
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
-        task = next(
-            (t for t in TASKS if path.stem.startswith(f"{t}-")), path.stem
-        )
-        label = path.stem.removeprefix(f"{task}-").rpartition("-")[0]
+        # task-attention-seed, or task-attention-seed.part of the same run.
+        stem, _, part = path.stem.partition(".")
+        task = next((t for t in TASKS if stem.startswith(f"{t}-")), stem)
+        label = stem.removeprefix(f"{task}-").rpartition("-")[0]
+        task = part or task
         records[task][label].append(record)
     return records
 

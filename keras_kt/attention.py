@@ -848,11 +848,9 @@ class _Recipes:
         self.feature_map = feature_map
 
     def prior_copy(self, seed):
-        config = self.spectral_prior.get_config()
-        config["name"] = "spectral_prior"
-        if config["seed"] is None:
-            config["seed"] = seed
-        return type(self.spectral_prior).from_config(config)
+        prior = self.spectral_prior
+        seed = seed if prior.seed is None else prior.seed
+        return prior.copy(name="spectral_prior", seed=seed)
 
     def feature_map_copy(self):
         config = self.feature_map.get_config()

@@ -33,22 +33,23 @@ class SpectralMonitor(keras.callbacks.Callback):
 
     Attributes:
         epoch: numbers of the epochs that were recorded, from 0.
-        history: dict from a layer's path to a dict of lists, an array for each
-            recorded epoch: `"kernel"` `(heads, distances)`, and what the layer
-            has of `"probability"` `(heads, components)`, `"temperature"`
-            `(heads, 1)` and `"smoothing"` `(heads, 1)`. `plots.plot_history`
-            draws it.
+        history: arrays by a layer's path and a quantity's name, in lists, one
+            for each recorded epoch: `kernel` of shape `(heads, distances)` and,
+            if the layer has them, `probability` of shape `(heads, components)`,
+            `temperature` and `smoothing` of shape `(heads, 1)`.
+            `plots.plot_history` draws them.
 
     Examples:
 
     >>> x = keras.Input((None, 8))
-    >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
+    >>> attention = keras_kt.KernelizedAttention(2, 4, name="attention")
+    >>> model = keras.Model(x, attention(x, x))
     >>> model.compile("sgd", "mse")
     >>> batch = np.zeros((4, 6, 8))
     >>> monitor = keras_kt.SpectralMonitor(tempfile.mkdtemp())
     >>> _ = model.fit(batch, batch, callbacks=[monitor], verbose=0)
-    >>> monitor.history["kernelized_attention"]["kernel"][0].shape
-    (2, 3)
+    >>> sorted(monitor.history["attention"])
+    ['kernel']
     """
 
     def __init__(

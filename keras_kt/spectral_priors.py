@@ -47,6 +47,23 @@ class Frequencies(NamedTuple):
     log_weights: tf.Tensor
     covariances: tf.Tensor
 
+    @classmethod
+    def of_samples(cls, omega: tf.Tensor) -> "Frequencies":
+        """Equally likely frequencies, whose moments are those of the draw.
+
+        For laws whose own moments are not known: estimates are then exact for
+        the draw.
+
+        Args:
+            omega: `(heads, num_frequencies, head_dim)`.
+        """
+        return cls(
+            omega,
+            None,
+            _equal_log_weights(omega),
+            tf.reduce_mean(tf.square(omega), axis=1, keepdims=True),
+        )
+
 
 class SpectralPrior(keras.layers.Layer):
     """Base class of the spectral priors; the place to write your own.
@@ -163,6 +180,10 @@ class SpectralPrior(keras.layers.Layer):
             self.add_loss(self.kl_weight * tf.reduce_mean(self.kl_divergence()))
         noise = self.base_noise if seed is None else self.draw(seed)
         return self.frequencies(tf.convert_to_tensor(noise))
+
+    def copy(self, **changes) -> "SpectralPrior":
+        """An unbuilt prior like this one, but for some arguments."""
+        return type(self).from_config({**self.get_config(), **changes})
 
     def build_parameters(self) -> None:
         """Creates the trainable weights with `add_parameter`."""
@@ -641,7 +662,9 @@ class FastFoodPrior(SpectralPrior):
         norms = tf.norm(g, axis=-1, keepdims=True) * math.sqrt(size)
         matrix = mixed * (s / norms)[..., tf.newaxis]
         matrix = tf.reshape(matrix, (self.num_heads, self._blocks * size, size))
-        return _atoms(matrix[:, : self.num_frequencies, : self.head_dim])
+        return Frequencies.of_samples(
+            matrix[:, : self.num_frequencies, : self.head_dim]
+        )
 
     def distribution(self):
         """The uniform distribution over the frequencies themselves."""
@@ -765,7 +788,7 @@ class GeneratorPrior(SpectralPrior):
         return self._for_heads(self._scale)[:, tf.newaxis] * tf.tanh(hidden)
 
     def frequencies(self, noise):
-        return _atoms(self.generate(noise))
+        return Frequencies.of_samples(self.generate(noise))
 
     def distribution(self):
         """A distribution that samples; its density has no closed form."""
@@ -859,6 +882,10 @@ class DistributionPrior(SpectralPrior):
             parameter_regularizer
         )
 
+    def copy(self, **changes):
+        # The function itself, which need not be registered until it is saved.
+        return super().copy(distribution_fn=self.distribution_fn, **changes)
+
     @property
     def has_moment_generating_function(self):
         if self._declared_mgf is not None:
@@ -919,7 +946,7 @@ class DistributionPrior(SpectralPrior):
         if self.has_moment_generating_function:
             moments = _moments(distribution)
         if moments is None:
-            return _atoms(omega)
+            return Frequencies.of_samples(omega)
         mean, covariance = moments
         return Frequencies(
             omega - mean[:, tf.newaxis],
@@ -1077,16 +1104,6 @@ def _each_head(initializer):
 def _equal_log_weights(omega):
     heads, count, _ = omega.shape
     return tf.fill((heads, 1), -math.log(count))
-
-
-def _atoms(omega: tf.Tensor) -> Frequencies:
-    """Frequencies that are their own law: centre zero, moments of the draw."""
-    return Frequencies(
-        omega,
-        None,
-        _equal_log_weights(omega),
-        tf.reduce_mean(tf.square(omega), axis=1, keepdims=True),
-    )
 
 
 def _empirical(omega: tf.Tensor) -> tfd.Distribution:

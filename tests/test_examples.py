@@ -99,6 +99,19 @@ def test_sweep_runs_resumes_and_reports(tmp_path):
         assert (tmp_path / "results" / f"{picture}.png").stat().st_size > 0
 
 
+def test_pretraining_is_a_task_of_its_own_in_the_report(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import sweep
+
+    for name in ("sst2-GMM-PRF-0", "sst2-GMM-PRF-0.pretraining"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"name": name}))
+    records = sweep.read_records(tmp_path)
+    assert {task: dict(systems) for task, systems in records.items()} == {
+        "sst2": {"GMM-PRF": [{"name": "sst2-GMM-PRF-0"}]},
+        "pretraining": {"GMM-PRF": [{"name": "sst2-GMM-PRF-0.pretraining"}]},
+    }
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

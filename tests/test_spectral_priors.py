@@ -1,4 +1,3 @@
-import math
 
 import keras
 import numpy as np
@@ -304,6 +303,39 @@ def test_fastfood_says_that_it_pads():
     assert prior().offsets.shape == (2, 8, 5)
 
 
+def test_moments_of_samples():
+    omega = np.random.default_rng(0).normal(size=(2, 7, 3)).astype("float32")
+    found = keras_kt.Frequencies.of_samples(tf.constant(omega))
+    assert found.means is None
+    np.testing.assert_array_equal(found.offsets, omega)
+    np.testing.assert_allclose(
+        np.exp(found.log_weights), 1 / 7 * np.ones((2, 1))
+    )
+    np.testing.assert_allclose(
+        found.covariances, (omega**2).mean(1, keepdims=True), rtol=1e-6
+    )
+
+
+def test_a_distribution_need_be_registered_only_to_be_saved(tmp_path):
+    def narrow(parameters):
+        scale = 0.5 * tf.nn.softplus(parameters["scale"])
+        return tfd.MultivariateNormalDiag(scale_diag=scale)
+
+    prior = keras_kt.DistributionPrior(narrow, {"scale": "ones"}, seed=3)
+    layers = [
+        keras_kt.KernelizedAttention(2, 3, seed=seed, spectral_prior=prior)
+        for seed in (0, 1)
+    ]
+    x = np.random.default_rng(0).normal(size=(1, 6, 5)).astype("float32")
+    for layer in layers:
+        layer(x, x)
+        assert layer.spectral_prior is not prior
+        assert layer.spectral_prior.distribution_fn is narrow
+    first, second = (layer.spectral_prior for layer in layers)
+    assert first._parameter_weights is not second._parameter_weights
+    np.testing.assert_array_equal(first.base_noise, second.base_noise)
+
+
 def test_a_prior_that_a_user_writes_needs_three_methods():
     @keras.saving.register_keras_serializable("keras_kt_tests")
     class Lattice(keras_kt.SpectralPrior):
@@ -318,12 +350,7 @@ def test_a_prior_that_a_user_writes_needs_three_methods():
 
         def frequencies(self, noise):
             omega = noise * tf.convert_to_tensor(self.scale)[:, tf.newaxis]
-            return keras_kt.Frequencies(
-                omega,
-                None,
-                tf.fill((self.num_heads, 1), -math.log(self.num_frequencies)),
-                tf.reduce_mean(omega**2, axis=1, keepdims=True),
-            )
+            return keras_kt.Frequencies.of_samples(omega)
 
     x = np.random.default_rng(0).normal(size=(1, 6, 5)).astype("float32")
     for feature_map in ("positive", "trigonometric"):
