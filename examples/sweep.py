@@ -263,6 +263,9 @@ def summary(attention, runs):
         if len(runs) == 1
         else " (" + ", ".join(f"{run['test']:.4f}" for run in runs) + ")"
     )
+    # GLUE's own score of CoLA.
+    if "matthews" in runs[0]:
+        tests += f", Matthews {mean(run['matthews'] for run in runs):.4f}"
     return test, (
         f"| {attention} | {test:.4f}{tests} | {spread} "
         f"| {mean(run['curve'][-1]['validation'] for run in runs):.4f} "
