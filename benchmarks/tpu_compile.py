@@ -48,7 +48,7 @@ from jaxlib import _hlo
 from jaxlib.mlir import ir
 
 import keras_kt
-from keras_kt import feature_maps, linear_attention
+from keras_kt import block_grid, feature_maps
 
 HEADS, KEY_DIM = 4, 64
 WIDTH = HEADS * KEY_DIM
@@ -83,8 +83,8 @@ MAPS = ("positive", "trigonometric")
 def main():
     args = parse_args()
     # What the layer does where a TPU is visible.
-    linear_attention._CPU_BLOCK_ROWS = args.block_rows
-    linear_attention._CPU_CAUSAL_BLOCK_ROWS = args.block_rows
+    block_grid.CPU_BLOCK_ROWS = args.block_rows
+    block_grid.CPU_CAUSAL_BLOCK_ROWS = args.block_rows
     feature_maps._rounds_products = lambda: True
     device = topologies.get_topology_desc(
         platform="tpu", topology_name=args.topology
@@ -130,7 +130,7 @@ def parse_args():
     add(
         "--block-rows",
         type=int,
-        default=linear_attention._ACCELERATOR_BLOCK_ROWS,
+        default=block_grid.ACCELERATOR_BLOCK_ROWS,
         help="default: those of an accelerator, %(default)s",
     )
     add("--output", type=Path, default="results/tpu.json")
@@ -277,7 +277,7 @@ def count_flops(labels, args):
     """
     length = labels["length"]
     if labels["attention"] != "softmax":
-        most = min(args.block_rows // HEADS, linear_attention._MAX_BLOCK)
+        most = min(args.block_rows // HEADS, block_grid.MAX_BLOCK)
         length = min(length, most)
     blocks = labels["length"] / length
     proto = lower(*maker({**labels, "length": length}, args)())

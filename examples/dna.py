@@ -8,6 +8,7 @@ microbiomeutil (Broad Institute, BSD licence), 5,181 sequences, from Debian:
     python examples/dna.py --data-dir .
     python examples/dna.py --data-dir . --attention softmax
     python examples/dna.py --data-dir . --floor    # 4-mers, nearest neighbour
+    python examples/dna.py --data-dir . --mutations 0.05 --shift 32 --steps 4000
 """
 
 import io
@@ -21,6 +22,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import common
 import keras
 import numpy as np
+import tensorflow as tf
 
 PRESETS = {
     "cpu": common.Preset(
@@ -73,6 +75,11 @@ def main():
         )
         return
     args.classes = classes
+    if not 0.0 <= args.mutations <= 0.5 or args.shift < 0:
+        sys.exit(
+            "--mutations must be a share of at most 0.5, and --shift a number "
+            f"of bases. Received: {args.mutations} and {args.shift}."
+        )
     x = encode_bases(sequences, args.preset.length)
     splits = [splits[0][: args.preset.examples], *splits[1:]]
     data = common.Data(*((x[index], y[index]) for index in splits))
@@ -86,6 +93,18 @@ def add_arguments(parser):
         "--split-seed", type=int, default=0, help="of which genera are held out"
     )
     add("--floor", action="store_true", help="score 4-mers, leave")
+    add(
+        "--mutations",
+        type=float,
+        default=0.0,
+        help="mean share of bases that change in training, default 0",
+    )
+    add(
+        "--shift",
+        type=int,
+        default=0,
+        help="most bases cut off the start in training, default 0",
+    )
 
 
 def load_fasta(data_dir):
@@ -215,9 +234,61 @@ def nearest_neighbour(features, y, train, test):
     return np.mean(y[train][distances.argmin(1)] == y[test])
 
 
+@keras.saving.register_keras_serializable(package="examples")
+class Mutate(keras.layers.Layer):
+    """Changes bases and cuts off the start, in training only.
+
+    Unseen genera differ from seen ones by just that.
+
+    Args:
+        mutations: mean share of the bases that are drawn anew; each sequence
+            has its own share, up to twice the mean.
+        shift: most bases that are cut off.
+        seed: integer.
+    """
+
+    def __init__(self, mutations, shift, seed, **kwargs):
+        super().__init__(**kwargs)
+        self.mutations = mutations
+        self.shift = shift
+        self.seed = seed
+        self.seeds = keras.random.SeedGenerator(seed)
+
+    def call(self, tokens, training=False):
+        tokens = tf.cast(tokens, tf.int32)
+        if not training:
+            return tokens
+        shape = tf.shape(tokens)
+        each, one = (shape[0], shape[1]), (shape[0], 1)
+        share = 2.0 * self.mutations * self._uniform(one)
+        others = 1 + self._integers(each, len(BASES))
+        changes = (self._uniform(each) < share) & (tokens > 0)
+        tokens = tf.where(changes, others, tokens)
+        start = self._integers(one, self.shift + 1)
+        padded = tf.pad(tokens, [(0, 0), (0, self.shift)])
+        return tf.gather(padded, start + tf.range(shape[1]), batch_dims=1)
+
+    def _uniform(self, shape):
+        return keras.random.uniform(shape, seed=self.seeds)
+
+    def _integers(self, shape, count):
+        return tf.cast(self._uniform(shape) * count, tf.int32)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "mutations": self.mutations,
+            "shift": self.shift,
+            "seed": self.seed,
+        }
+
+
 def build_model(args):
     tokens = keras.Input((args.preset.length,), dtype="uint8", name="tokens")
-    x = keras.layers.Embedding(6, args.preset.width, mask_zero=True)(tokens)
+    x = tokens
+    if args.mutations or args.shift:
+        x = Mutate(args.mutations, args.shift, args.seed)(x)
+    x = keras.layers.Embedding(6, args.preset.width, mask_zero=True)(x)
     x = common.Stem(args.preset.width, args.preset.stride, STEM)(x)
     x = common.pool(common.encode(x, args))
     head = keras.layers.Dense(args.classes, dtype="float32")

@@ -200,7 +200,7 @@ def write_table(records, path):
         first = next(iter(systems.values()))[0]
         floor = TASKS.get(task, ("", (), ""))[2]
         lines += [
-            f"## {first['task']}",
+            f"## {title(first)}",
             "",
             f"To beat: {floor}." if floor else "",
             "",
@@ -216,6 +216,15 @@ def write_table(records, path):
         lines += [text for _, text in rows] + [""]
     path.write_text("\n".join(lines) + "\n")
     print(path.read_text())
+
+
+def title(record):
+    """The task's name, with what its preset does to the sequence."""
+    stride = record["arguments"]["preset"]["stride"]
+    stem = f"stem of stride {stride}"
+    if stride == 1 or stem in record["task"]:
+        return record["task"]
+    return f"{record['task']}, {stem}"
 
 
 def is_loss(record):
@@ -319,7 +328,7 @@ def draw_curves(records):
                         **style(attention, systems),
                     )
         record = next(iter(systems.values()))[0]
-        left.set_title(record["task"])
+        left.set_title(title(record))
         left.set_xlabel("training step")
         left.set_ylabel(f"validation {record['score']}")
         right.set_xlabel("seconds of training")

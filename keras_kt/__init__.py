@@ -23,6 +23,7 @@ from keras_kt.conversion import (
     ConvertedLayer,
     convert_attention,
 )
+from keras_kt.distance import NearFieldState
 from keras_kt.feature_maps import (
     FeatureMap,
     PositiveFeatures,
@@ -30,7 +31,7 @@ from keras_kt.feature_maps import (
 )
 from keras_kt.generation import generate
 from keras_kt.keras_hub_layers import CachedKernelizedAttention
-from keras_kt.linear_attention import AttentionState, NearFieldState
+from keras_kt.linear_attention import AttentionState
 from keras_kt.serving import export_saved_model
 from keras_kt.spectral_monitor import SpectralMonitor
 from keras_kt.spectral_priors import (

@@ -14,7 +14,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kt import feature_maps, linear_attention, spectral_priors
+from keras_kt import (
+    distance,
+    feature_maps,
+    linear_attention,
+    spectral_priors,
+)
 
 IMPLEMENTATIONS = ("auto", "linear", "quadratic")
 # Up to about this length the matrix is as fast as the linear form or faster,
@@ -534,7 +539,7 @@ class KernelizedAttention(keras.layers.Layer):
             if kernel is None:
                 heads, _ = linear_attention.causal(*tokens, **masks)
             else:
-                heads, _ = linear_attention.near_field(
+                heads, _ = distance.near_field(
                     *tokens,
                     kernel,
                     self.near_field,
@@ -582,9 +587,9 @@ class KernelizedAttention(keras.layers.Layer):
         )
         tokens = query, key, value, feature_map
         if kernel is None:
-            heads = linear_attention.fading(*tokens, decay, key_mask=key_mask)
+            heads = distance.fading(*tokens, decay, key_mask=key_mask)
         else:
-            heads, _ = linear_attention.near_field(
+            heads, _ = distance.near_field(
                 *tokens,
                 kernel,
                 self.near_field,
@@ -670,7 +675,7 @@ class KernelizedAttention(keras.layers.Layer):
             self.value_dim,
         )
         if self.near_field:
-            return linear_attention.initial_near_field_state(
+            return distance.initial_near_field_state(
                 *sizes, self.key_dim, self.near_field
             )
         return linear_attention.initial_state(*sizes)
@@ -724,7 +729,7 @@ class KernelizedAttention(keras.layers.Layer):
         if kernel is None:
             heads, state = linear_attention.step(*tokens, **rest)
         else:
-            heads, state = linear_attention.near_field(
+            heads, state = distance.near_field(
                 *tokens, kernel, self.near_field, use_causal_mask=True, **rest
             )
         heads = folding.unfold(tf.cast(heads, self.compute_dtype))
@@ -749,7 +754,7 @@ class KernelizedAttention(keras.layers.Layer):
             )
         article, expected = "an", linear_attention.AttentionState
         if self.near_field:
-            article, expected = "a", linear_attention.NearFieldState
+            article, expected = "a", distance.NearFieldState
         if not isinstance(state, expected):
             name = f"{expected.__name__}({', '.join(expected._fields)})"
             raise ValueError(

@@ -27,7 +27,17 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_kt import feature_maps
+from keras_kt import block_grid, feature_maps
+from keras_kt.block_grid import (
+    Grid,
+    chunk_of,
+    grids,
+    least,
+    restart,
+    size_of,
+    swap_heads,
+    walk,
+)
 
 # Stands for log 0; finite, since ∞ − ∞ hides in fully padded prefixes.
 FLOOR = -1e30
@@ -35,18 +45,8 @@ _MOST_EXCESS = 60.0
 _UNDERFLOW = math.exp(-_MOST_EXCESS)
 # Signed normalisers are kept away from zero by this share of the key count.
 _SIGNED_LIMIT = 1e-2
-# Causal tokens attend within a chunk by an explicit matrix.
-CHUNK_SIZE = 64
 # Where features lose rows to underflow, so many tokens attend pair by pair.
 _STRICT_SIZE = 16
-# Tokens times heads times batch in a block. On a CPU features stay in cache,
-# where causal blocks also hold a state for each chunk (the fastest of 512 to
-# 8,192 at 8 heads of 64 on 2 cores).
-_CPU_BLOCK_ROWS = 8192
-_CPU_CAUSAL_BLOCK_ROWS = 2048
-# Elsewhere a block fills the device (an estimate, not measured).
-_ACCELERATOR_BLOCK_ROWS = 65536
-_MAX_BLOCK = 8192
 
 
 class AttentionState(NamedTuple):
@@ -92,7 +92,7 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
     Returns:
         `(batch, query_length, heads, value_dim)`; zeros where no key is seen.
     """
-    queries, keys = _grids(query, key, key_mask)
+    queries, keys = grids(query, key, key_mask)
     tensors, rebuild = _unbind(feature_map)
     count = None
     if not feature_map.positive:
@@ -112,18 +112,18 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
             return keys.pick(key, *at), keys.pick(value, *at), keys.keep(*at)
 
         def absorb(group, block, state):
-            state = _restart(block == 0, nothing, state)
+            state = restart(block == 0, nothing, state)
             state = _absorb(bound, *state, *key_block(group, block))
             return (), state, state
 
-        _, states, _ = _walk(absorb, keys.sizes, nothing, kept=2)
+        _, states, _ = walk(absorb, keys.sizes, nothing, kept=2)
 
         def read(group, block, _):
             state = [x[group] for x in states]
             sums = _read(bound, queries.pick(query, group, block), *state)
             return _divide(sums, _at(count, group)), (), ()
 
-        results, _, _ = _walk(read, queries.sizes, (), results=2)
+        results, _, _ = walk(read, queries.sizes, (), results=2)
         output, normalizer = map(queries.join, results)
 
         def gradient(upstream):
@@ -141,10 +141,8 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
                     *(queries.pick(x, group, block) for x in ratio),
                     _at(count, group),
                 )
-                of_query, *others = _gradients(
-                    tape, results, wanted, of_results
-                )
-                past = _restart(block == 0, [tf.zeros_like(sums)], carry[:1])
+                of_query, *others = pullback(tape, results, wanted, of_results)
+                past = restart(block == 0, [tf.zeros_like(sums)], carry[:1])
                 carry = _add([*past, *carry[1:]], others)
                 return [of_query], carry[:1], carry
 
@@ -156,16 +154,16 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
                     sums = _sums(
                         rebuild(tensors), key, value, keep, states[0][group]
                     )
-                of_key, of_value, *others = _gradients(
+                of_key, of_value, *others = pullback(
                     tape, sums, wanted, of_sums[group]
                 )
                 return (of_key, of_value), (), _add(of_tensors, others)
 
             zeros = [tf.zeros_like(x) for x in (nothing[1], *tensors)]
-            (of_query,), (of_sums,), (_, *of_tensors) = _walk(
+            (of_query,), (of_sums,), (_, *of_tensors) = walk(
                 unread, queries.sizes, zeros, results=1, kept=1
             )
-            of_keys, _, of_tensors = _walk(
+            of_keys, _, of_tensors = walk(
                 unabsorb, keys.sizes, of_tensors, results=2
             )
             return (
@@ -213,14 +211,16 @@ def causal(
     attend_block = _causal_block
     if decay is not None:
         inputs.append(_visible_decay(decay, key_mask))
-        attend_block = _fading_block
-    output, _, state = _causal(
+        attend_block = fading_block
+    output, _, state = causal_walk(
         attend_block, inputs, feature_map, key_mask, state
     )
     return output, state
 
 
-def _causal(attend_block, inputs, feature_map, key_mask, state, blocks=None):
+def causal_walk(
+    attend_block, inputs, feature_map, key_mask, state, blocks=None
+):
     """`causal` by a function for one block.
 
     Args:
@@ -235,10 +235,10 @@ def _causal(attend_block, inputs, feature_map, key_mask, state, blocks=None):
     """
     query, key, value = inputs[:3]
     if blocks is None:
-        _, blocks = _grids(query, key, key_mask, is_causal=True)
+        _, blocks = grids(query, key, key_mask, is_causal=True)
     if state is None:
         state = initial_state(
-            _size(key, 0), key.shape[2], feature_map.width, value.shape[3]
+            size_of(key, 0), key.shape[2], feature_map.width, value.shape[3]
         )
     tensors, rebuild = _unbind(feature_map)
     arity, width = len(inputs), value.shape[3] + 1
@@ -267,7 +267,7 @@ def _causal(attend_block, inputs, feature_map, key_mask, state, blocks=None):
         def forward(group, block, state):
             at = group, block
             start = [x[group] for x in initial]
-            state = _restart(block == 0, start, state)
+            state = restart(block == 0, start, state)
             tokens = [blocks.pick(x, *at) for x in inputs]
             rest = blocks.keep(*at), *state
             results, after = attend_block(bound, tokens, *rest)
@@ -293,7 +293,7 @@ def _causal(attend_block, inputs, feature_map, key_mask, state, blocks=None):
             exact = tf.cast(exact, tf.float32)
             return (output, normalizer, *state, exact), after, after
 
-        (*ratio, maxima, sums, exact), after, _ = _walk(
+        (*ratio, maxima, sums, exact), after, _ = walk(
             forward, blocks.sizes, [x[0] for x in initial], results=5, kept=2
         )
         output, normalizer = map(blocks.join, ratio)
@@ -319,7 +319,7 @@ def _causal(attend_block, inputs, feature_map, key_mask, state, blocks=None):
                         blocks.pick(of_log, *at),
                         blocks.pick(ratio[2], *at),
                     )
-                (of_sums,) = _restart(
+                (of_sums,) = restart(
                     block == last, [of_after[group]], carry[:1]
                 )
 
@@ -333,7 +333,7 @@ def _causal(attend_block, inputs, feature_map, key_mask, state, blocks=None):
                             maxima[index],
                             wanted[arity],
                         )
-                    return _gradients(
+                    return pullback(
                         t, [results, after], wanted, [of_results, of_sums]
                     )
 
@@ -350,7 +350,7 @@ def _causal(attend_block, inputs, feature_map, key_mask, state, blocks=None):
                 return of_inputs, [of_sums], [of_sums, *of_tensors]
 
             zeros = [tf.zeros_like(x) for x in (of_after[0], *tensors)]
-            of_inputs, (of_sums,), (_, *of_tensors) = _walk(
+            of_inputs, (of_sums,), (_, *of_tensors) = walk(
                 backward,
                 blocks.sizes,
                 zeros,
@@ -366,7 +366,9 @@ def _causal(attend_block, inputs, feature_map, key_mask, state, blocks=None):
             )
 
         after = map(blocks.join_batch, after)
-        log_normalizer = normalizer if is_plain else _log(normalizer, scale)
+        log_normalizer = (
+            normalizer if is_plain else absolute_log(normalizer, scale)
+        )
         return (output, log_normalizer, *after), gradient
 
     output, log_normalizer, maximum, sums = attend(
@@ -375,272 +377,6 @@ def _causal(attend_block, inputs, feature_map, key_mask, state, blocks=None):
     count = state.count + _count(key, key_mask)
     state = AttentionState(tf.stop_gradient(maximum), sums, count)
     return output, log_normalizer, state
-
-
-class NearFieldState(NamedTuple):
-    """`AttentionState` of attention whose near field is exact.
-
-    Attributes:
-        maximum, sums, count: of the tokens that have left the window.
-        key, value, decay: `(batch, window, heads, dim)`, the last tokens.
-        keep: `(batch, window)`, 1 where one of them is seen.
-    """
-
-    maximum: tf.Tensor
-    sums: tf.Tensor
-    count: tf.Tensor
-    key: tf.Tensor
-    value: tf.Tensor
-    decay: tf.Tensor
-    keep: tf.Tensor
-
-
-def initial_near_field_state(
-    batch_size,
-    num_heads: int,
-    feature_dim: int,
-    value_dim: int,
-    head_dim: int,
-    window: int,
-) -> NearFieldState:
-    """The state that has seen nothing, with a window of tokens."""
-    return NearFieldState(
-        *initial_state(batch_size, num_heads, feature_dim, value_dim),
-        *(
-            tf.zeros((batch_size, window, num_heads, dim))
-            for dim in (head_dim, value_dim, 1)
-        ),
-        tf.zeros((batch_size, window)),
-    )
-
-
-def near_field(
-    query,
-    key,
-    value,
-    feature_map,
-    kernel,
-    window,
-    *,
-    key_mask=None,
-    decay=None,
-    use_causal_mask=False,
-    state=None,
-):
-    """Exact weights of near keys, features beyond, one normaliser.
-
-    For positive features. Time and memory are those of `causal`, twice if not
-    causal, and O(length · window) more.
-
-    Args:
-        query, key, value, feature_map, key_mask, decay: as in `causal`; a key
-            after the query fades as in `quadratic`.
-        kernel: an `ExactKernel`, for keys less than `window` tokens away.
-        window: number of tokens, the query's own included.
-        use_causal_mask: whether query t sees keys 0 … t only.
-        state: `NearFieldState` of a causal stream to resume.
-
-    Returns:
-        Outputs as in `causal`, and the `NearFieldState` after the last token;
-        `None` where attention is not causal.
-    """
-    tokens = _stream(key, value, decay, key_mask)
-    if state is None:
-        past = _before(tokens, window)
-    else:
-        past = state[3:]
-        state = AttentionState(*state[:3])
-    extended = [tf.concat(x, 1) for x in zip(past, tokens, strict=True)]
-    near = _band(query, extended, kernel, window, use_causal_mask)
-    far, state = _beyond(query, extended, feature_map, window, state)
-    if use_causal_mask:
-        length = _size(query, 1)
-        last = (x[:, length:] for x in extended)
-        return _merge(near, far), NearFieldState(*state, *last)
-    future = _future(query, tokens, feature_map, window)
-    return _merge(near, far, future), None
-
-
-def fading(query, key, value, feature_map, decay, *, key_mask=None):
-    """`bidirectional` with a decay, for positive features.
-
-    Args:
-        query, key, value, feature_map, key_mask: as in `causal`.
-        decay: as in `quadratic`.
-
-    Returns:
-        Outputs as in `bidirectional`.
-    """
-    tokens = _stream(key, value, decay, key_mask)
-    past, _ = _beyond(query, tokens, feature_map, 0, None)
-    return _merge(past, _future(query, tokens, feature_map, 1))
-
-
-def _stream(key, value, decay, key_mask):
-    """Key, value, decay, and 1 where they are seen, for each token."""
-    if decay is None:
-        decay = tf.zeros_like(key[..., :1])
-    if key_mask is None:
-        key_mask = tf.ones(tf.shape(key)[:2], "bool")
-    keep = tf.cast(key_mask, tf.float32)
-    seen = keep[..., tf.newaxis, tf.newaxis] > 0.0
-    key, value, decay = (tf.where(seen, x, 0.0) for x in (key, value, decay))
-    return [key, value, decay, keep]
-
-
-def _before(tokens, count):
-    """Tokens that are not there, before the first."""
-    return [tf.zeros((_size(x, 0), count, *x.shape[2:])) for x in tokens]
-
-
-def _beyond(query, tokens, feature_map, distance, state):
-    """Attention to keys at least `distance` tokens before the query.
-
-    Args:
-        tokens: as from `_stream`, preceded by `distance` earlier ones.
-
-    Returns:
-        Outputs with the logarithms of their normalisers, and the state.
-    """
-    length = _size(query, 1)
-    *delayed, keep = (x[:, :length] for x in tokens)
-    output, log_normalizer, state = _causal(
-        _fading_block, [query, *delayed], feature_map, keep > 0.0, state
-    )
-    if distance:
-        # Keys have faded to where they left the window; this is the rest.
-        log_normalizer -= _moving_sum(tokens[2], distance)
-    return (output, log_normalizer), state
-
-
-def _future(query, tokens, feature_map, distance):
-    """Attention to keys at least `distance` tokens after the query."""
-    key, value, decay, keep = tokens
-    # In reverse order a token is reached by the decay of the one after it.
-    decay = tf.concat([decay[:, 1:], tf.zeros_like(decay[:, :1])], axis=1)
-    tokens = [x[:, ::-1] for x in (key, value, decay, keep)]
-    past = _before(tokens, distance)
-    tokens = [tf.concat(x, 1) for x in zip(past, tokens, strict=True)]
-    part, _ = _beyond(query[:, ::-1], tokens, feature_map, distance, None)
-    return [x[:, ::-1] for x in part]
-
-
-def _band(query, tokens, kernel, window, use_causal_mask):
-    """Attention by the exact kernel to keys less than `window` tokens away.
-
-    Args:
-        tokens: as from `_stream`, preceded by `window` earlier ones.
-
-    Returns:
-        Outputs with the logarithms of their normalisers.
-    """
-    length = _size(query, 1)
-    chunks = _shares(length, window)
-    missing = chunks * window - length
-    sides = 1 if use_causal_mask else 2
-
-    def split(x, after):
-        x = tf.pad(x, [(0, 0), (0, after)] + [(0, 0)] * (x.shape.rank - 2))
-        return tf.reshape(x, (_size(x, 0), -1, window, *x.shape[2:]))
-
-    def around(x):
-        """The chunks before, of and, if seen, after each."""
-        x = split(x, missing + (sides - 1) * window)
-        return tf.concat([x[:, i : i + chunks] for i in range(sides + 1)], 2)
-
-    key, value, decay, keep = tokens
-    elapsed = tf.cumsum(split(decay, missing + (sides - 1) * window), axis=2)
-    ends = elapsed[:, :, -1:]
-    # Relative to the start of the query's chunk.
-    relative = [elapsed[:, :chunks] - ends[:, :chunks]]
-    relative.append(elapsed[:, 1 : chunks + 1])
-    if sides == 2:
-        relative.append(elapsed[:, 2:] + ends[:, 1 : chunks + 1])
-    key = around(tf.transpose(kernel.keys(_tokens(key)), (0, 2, 1, 3, 4)))
-    query = kernel.queries(_tokens(query))
-    query = split(tf.transpose(query, (0, 2, 1, 3, 4)), missing)
-    parts = _recomputed(
-        lambda *x: _near_weights(*x, use_causal_mask),
-        query,
-        key,
-        around(value),
-        tf.concat(relative, 2),
-        around(keep),
-    )
-    parts = (
-        tf.reshape(x, (_size(x, 0), chunks * window, *x.shape[3:]))
-        for x in parts
-    )
-    return [x[:, :length] for x in parts]
-
-
-def _near_weights(query, key, value, elapsed, keep, use_causal_mask):
-    """`_band` within chunks `(batch, chunk, token, heads, …)`."""
-    window = query.shape[2]
-    logits = feature_maps.precise_product(
-        tf.einsum("bnthcd->bnhctd", query), tf.einsum("bnshcd->bnhcds", key)
-    )
-    if logits.shape[3] > 1:
-        logits = tf.reduce_logsumexp(logits, axis=3)
-    else:
-        logits = logits[:, :, :, 0]
-    elapsed = tf.transpose(elapsed, (0, 1, 3, 2, 4))
-    of_query = elapsed[:, :, :, window : 2 * window]
-    difference = of_query - tf.linalg.matrix_transpose(elapsed)
-    positions = tf.range(key.shape[2]) - window
-    distance = tf.range(window)[:, tf.newaxis] - positions
-    is_past = distance >= 0
-    logits -= tf.where(is_past, difference, -difference)
-    near = is_past if use_causal_mask else distance > -window
-    near &= distance < window
-    visible = near & (keep > 0.0)[:, :, tf.newaxis, tf.newaxis]
-    logits = tf.where(visible, logits, FLOOR)
-    scale = _row_maximum(logits)
-    weights = tf.where(visible, tf.exp(logits - scale), 0.0)
-    normalizer = tf.reduce_sum(weights, axis=-1, keepdims=True)
-    weights = _safe_ratio(weights, normalizer)
-    output = tf.einsum("bnhts,bnshe->bnthe", weights, value)
-    log_normalizer = _log(normalizer, scale)
-    return output, tf.transpose(log_normalizer, (0, 1, 3, 2, 4))
-
-
-def _moving_sum(x, count):
-    """Sums of the last `count` tokens, where `count` earlier ones lead."""
-    length = _size(x, 1) - count
-    missing = -length % count
-    x = tf.pad(x, [(0, 0), (0, missing), (0, 0), (0, 0)])
-    x = tf.reshape(x, (_size(x, 0), -1, count, *x.shape[2:]))
-    sums = tf.cumsum(x, axis=2)
-    # The rest of the chunk before, without subtracting from a total.
-    rest = tf.cumsum(x, axis=2, reverse=True, exclusive=True)
-    sums = sums[:, 1:] + rest[:, :-1]
-    sums = tf.reshape(sums, (_size(x, 0), length + missing, *x.shape[3:]))
-    return sums[:, :length]
-
-
-def _merge(*parts):
-    """Attention to disjoint keys as one: outputs by their normalisers."""
-    # Not `add_n`, which sums three parts in an order that changes from call to
-    # call: it begins with whichever buffer happens to be free.
-    outputs, logarithms = (tf.stack(x) for x in zip(*parts, strict=True))
-    shares = tf.nn.softmax(logarithms, axis=0)
-    return tf.reduce_sum(outputs * shares, axis=0)
-
-
-def _recomputed(function, *tensors):
-    """`function(*tensors)`, of which only the tensors are kept."""
-
-    @tf.custom_gradient
-    def call(*tensors):
-        def gradient(*upstream):
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(tensors)
-                results = function(*tensors)
-            return _gradients(tape, results, tensors, upstream)
-
-        return function(*tensors), gradient
-
-    return call(*tensors)
 
 
 def step(query, key, value, feature_map, state, *, key_mask=None, decay=None):
@@ -715,7 +451,7 @@ def quadratic(
         use_causal_mask: whether query t sees keys 0 … t only.
         decay: `(batch, key_length, heads, 1)` as in `causal`; a key after the
             query fades by the decay of the tokens from there to itself.
-        kernel, window: as in `near_field`, or `None`.
+        kernel, window: as in `distance.near_field`, or `None`.
 
     Returns:
         Outputs as in `bidirectional`, and the attention weights
@@ -724,7 +460,7 @@ def quadratic(
     query, key, value = (
         tf.transpose(x, (0, 2, 1, 3)) for x in (query, key, value)
     )
-    visible = tf.ones((_size(query, 2), _size(key, 2)), "bool")
+    visible = tf.ones((size_of(query, 2), size_of(key, 2)), "bool")
     visible = visible[tf.newaxis, tf.newaxis]
     keep = None
     if use_causal_mask:
@@ -738,10 +474,10 @@ def quadratic(
         value = tf.where(keep, value, 0.0)
     log_fading, near = 0.0, None
     if decay is not None:
-        decay = _tokens(_visible_decay(decay, key_mask))
-        log_fading = _log_fading(decay, _size(query, 2))
+        decay = swap_heads(_visible_decay(decay, key_mask))
+        log_fading = _log_fading(decay, size_of(query, 2))
     if kernel is not None:
-        near = _near(_size(query, 2), _size(key, 2), window)
+        near = _near(size_of(query, 2), size_of(key, 2), window)
         kept_key = key if keep is None else tf.where(keep, key, 0.0)
         exact = _exact_logits(kernel, query, kept_key) + log_fading
         # The kernel leaves out the same factor of each query.
@@ -759,9 +495,9 @@ def quadratic(
         scores *= tf.exp(log_fading)
     if near is not None:
         # One scale for both, the larger of theirs.
-        scale = _row_maximum(log_query + maximum[..., tf.newaxis, :])
+        scale = row_maximum(log_query + maximum[..., tf.newaxis, :])
         exact = tf.where(near & visible, exact, FLOOR)
-        top = tf.maximum(scale, _row_maximum(exact))
+        top = tf.maximum(scale, row_maximum(exact))
         scores = tf.where(
             near, tf.exp(exact - top), scores * tf.exp(scale - top)
         )
@@ -778,7 +514,7 @@ def quadratic(
 
         weights = tf.cond(
             _is_exact(total, sees),
-            lambda: _safe_ratio(scores, total),
+            lambda: safe_ratio(scores, total),
             exact_weights,
         )
     else:
@@ -787,141 +523,6 @@ def quadratic(
         weights = scores / _guarded(total, count)
     output = tf.matmul(weights, value)
     return tf.transpose(output, (0, 2, 1, 3)), weights
-
-
-def _grids(query, key, mask, is_causal=False):
-    """Grids of the queries and of the keys, with the same groups."""
-    sizes = [_size(x, 1) for x in (query, key)]
-    limit = _block_limit(key.shape[2], is_causal)
-    longest = _least(sizes[0], sizes[1])
-    per_group = _least(limit // _least(longest, 1), 1)
-    arguments = per_group, limit, CHUNK_SIZE if is_causal else 1
-    return _Grid(query, None, *arguments), _Grid(key, mask, *arguments)
-
-
-def _block_limit(heads, is_causal):
-    """Most tokens in a block."""
-    if any(tf.config.list_logical_devices(x) for x in ("GPU", "TPU")):
-        rows = _ACCELERATOR_BLOCK_ROWS
-    else:
-        rows = _CPU_CAUSAL_BLOCK_ROWS if is_causal else _CPU_BLOCK_ROWS
-    return min(max(rows // heads, CHUNK_SIZE), _MAX_BLOCK)
-
-
-class _Grid:
-    """Cuts `(batch, length, heads, dim)` into groups of sequences and blocks.
-
-    Long sequences are cut into blocks of tokens, one sequence at a time; short
-    ones are grouped. Only what is read is copied, heads before tokens. What is
-    padded is masked.
-
-    Attributes:
-        groups, count: numbers of groups, and of blocks in each.
-        sizes: both.
-    """
-
-    def __init__(self, x, mask, per_group, limit, multiple):
-        self.batch, self.length = _size(x, 0), _size(x, 1)
-        self.groups = _least(_shares(self.batch, per_group), 1)
-        self.group = _shares(self.batch, self.groups)
-        self.count = _least(_shares(self.length, limit), 1)
-        self.sizes = self.groups, self.count
-        size = _least(_shares(self.length, self.count), 1)
-        self.multiple = _chunk_of(size, multiple)
-        self.size = _shares(size, self.multiple) * self.multiple
-        self.padding = [
-            self.groups * self.group - self.batch,
-            self.count * self.size - self.length,
-        ]
-        self.is_padded = any(
-            not isinstance(n, int) or n > 0 for n in self.padding
-        )
-        self.mask = None if mask is None else tf.cast(mask, "bool")
-        if self.is_padded and mask is None:
-            self.mask = tf.ones((self.batch, self.length), "bool")
-        self.mask = self.pad(self.mask)
-
-    def pad(self, x):
-        """Whole groups and blocks; `None` stays `None`."""
-        if x is None or not self.is_padded:
-            return x
-        rest = [(0, 0)] * (x.shape.rank - 2)
-        return tf.pad(x, [(0, n) for n in self.padding] + rest)
-
-    def split_batch(self, x):
-        if self.is_padded:
-            rest = [(0, 0)] * (x.shape.rank - 1)
-            x = tf.pad(x, [(0, self.padding[0])] + rest)
-        return tf.reshape(x, (self.groups, self.group, *x.shape[1:]))
-
-    def pick(self, x, group, block):
-        """One block of what was padded, heads before tokens."""
-        # Sliced as it lies: XLA copies a whole array that is reshaped before
-        # a loop.
-        begin = group * self.group, block * self.size
-        size = self.group, self.size
-        if x.shape.rank == 2:
-            rows = tf.slice(x, begin, size)
-            return rows[:, tf.newaxis, :, tf.newaxis]
-        begin, size = (*begin, 0, 0), (*size, *x.shape[2:])
-        return _tokens(tf.slice(x, begin, size))
-
-    def keep(self, group, block):
-        """Which keys of a block are seen, `(group, 1, block, 1)`."""
-        if self.mask is None:
-            return None
-        return self.pick(self.mask, group, block)
-
-    def join(self, x):
-        """Stacked blocks, heads first, to `(batch, length, heads, dim)`."""
-        batch, length = self.groups * self.group, self.count * self.size
-        shape = self.groups, self.count, self.group, *x.shape[2:3], self.size
-        x = tf.reshape(x, (*shape, x.shape[4]))
-        x = tf.transpose(x, (0, 2, 1, 4, 3, 5))
-        x = tf.reshape(x, (batch, length, *x.shape[4:]))
-        return x[: self.batch, : self.length] if self.is_padded else x
-
-    def join_batch(self, x):
-        x = tf.reshape(x, (self.groups * self.group, *x.shape[2:]))
-        return x[: self.batch] if self.is_padded else x
-
-    def running_count(self, past):
-        """Visible keys up to each position, padded."""
-        if self.mask is None:
-            counts = tf.range(1, self.length + 1, dtype=tf.float32)[tf.newaxis]
-            return counts + past[:, tf.newaxis]
-        # Two levels, since XLA sums a running sum anew at every position.
-        ones = tf.cast(self.mask, tf.float32)
-        shape = (self.groups * self.group, -1, self.multiple)
-        ones = tf.reshape(ones, shape)
-        before = tf.cumsum(tf.reduce_sum(ones, 2), axis=1, exclusive=True)
-        past = tf.reshape(self.split_batch(past), (-1, 1, 1))
-        counts = before[..., tf.newaxis] + past + tf.cumsum(ones, axis=2)
-        return tf.reshape(counts, tf.shape(self.mask))
-
-    def sees_a_key(self, past):
-        """Which causal rows see a key, padded; `None` for all."""
-        if self.mask is None:
-            return None
-        # By the first visible key: no running sum over the length.
-        seen = tf.cast(self.mask, tf.int32)
-        first = tf.argmax(seen, axis=1, output_type=tf.int32)
-        length = self.count * self.size
-        sees = tf.range(length) >= first[:, tf.newaxis]
-        sees &= tf.reduce_any(self.mask, axis=1, keepdims=True)
-        past = tf.reshape(self.split_batch(past), (-1, 1))
-        return sees | (past > 0)
-
-
-def _shares(total, size):
-    """How many of a size make up a total, the last one smaller."""
-    # Of positive numbers: ONNX rounds quotients of negative ones towards zero.
-    return (total + size - 1) // size
-
-
-def _tokens(x):
-    """Swaps tokens and heads."""
-    return tf.transpose(x, (0, 2, 1, 3))
 
 
 def _optional(function, x, *arguments):
@@ -935,75 +536,8 @@ def _at(count, group):
     return count[group][:, tf.newaxis, tf.newaxis, tf.newaxis]
 
 
-def _walk(body, sizes, carry, results=0, kept=0, reverse=False):
-    """Walks all blocks of all groups.
-
-    Args:
-        body: `(group, block, carry) -> (results, kept, carry)`.
-        sizes: number of groups, and of blocks in each.
-        carry: tensors of the first call.
-        results: number of float32 tensors that each block gives.
-        kept: number of float32 tensors of which a group keeps the last.
-
-    Returns:
-        The results stacked over blocks, the kept stacked over groups, and the
-        last carry. A loop of constant size in the graph, whatever the length.
-    """
-    groups, count = sizes
-    total = groups * count
-    if isinstance(total, int) and total == 1:
-        outputs, ends, carry = body(0, 0, carry)
-        return (
-            [x[tf.newaxis] for x in outputs],
-            [x[tf.newaxis] for x in ends],
-            carry,
-        )
-
-    def advance(index, carry, arrays):
-        position = total - 1 - index if reverse else index
-        group, block = position // count, position % count
-        if isinstance(count, int) and count == 1:
-            group, block = position, 0
-        elif isinstance(groups, int) and groups == 1:
-            group, block = 0, position
-        outputs, ends, carry = body(group, block, carry)
-        arrays = [
-            array.write(at, x)
-            for array, at, x in zip(
-                arrays,
-                [position] * results + [group] * kept,
-                [*outputs, *ends],
-                strict=True,
-            )
-        ]
-        return index + 1, tuple(carry), arrays
-
-    _, carry, arrays = tf.while_loop(
-        lambda index, *_: index < total,
-        advance,
-        (
-            tf.constant(0),
-            tuple(carry),
-            [
-                tf.TensorArray(tf.float32, size=size)
-                for size in [total] * results + [groups] * kept
-            ],
-        ),
-        parallel_iterations=1,
-        maximum_iterations=total,
-    )
-    stacked = [array.stack() for array in arrays]
-    return stacked[:results], stacked[results:], carry
-
-
-def _restart(is_first, start, carry):
-    """`start` at the first block of a group, else what was carried."""
-    if isinstance(is_first, bool):
-        return list(start if is_first else carry)
-    return [tf.where(is_first, a, b) for a, b in zip(start, carry, strict=True)]
-
-
-def _gradients(tape, results, wanted, upstream):
+def pullback(tape, results, wanted, upstream):
+    """Gradients of what a tape has recorded, zeros where nothing depends."""
     return tape.gradient(
         results,
         wanted,
@@ -1053,7 +587,7 @@ def _causal_block(feature_map, inputs, keep, maximum, sums):
     return results, (maximum, sums)
 
 
-def _fading_block(feature_map, inputs, keep, maximum, sums):
+def fading_block(feature_map, inputs, keep, maximum, sums):
     """`_causal_block` with a decay, and with the scale of each row.
 
     All exponents are differences of elapsed decay, at most zero and taken
@@ -1065,7 +599,7 @@ def _fading_block(feature_map, inputs, keep, maximum, sums):
     scale = tf.zeros_like(query[..., :1])
     if feature_map.positive:
         top = _maximum(key, maximum)
-        scale = _row_maximum(query + top[..., tf.newaxis, :])
+        scale = row_maximum(query + top[..., tf.newaxis, :])
         query, log_key = _exp_query(query, top), key
         key = _exp_key(key, top)
         sums *= tf.exp(maximum - top)[..., tf.newaxis, :]
@@ -1089,16 +623,16 @@ def _strict_block(feature_map, inputs, keep, maximum, sums):
 
     Gives outputs, normalisers of one, and the logarithms of what they were.
     """
-    inputs = [_tokens(x) for x in inputs]
+    inputs = [swap_heads(x) for x in inputs]
     mask = None if keep is None else keep[:, 0, :, 0]
-    batch = _size(inputs[1], 0)
-    blocks = _Grid(inputs[1], mask, _least(batch, 1), _STRICT_SIZE, 1)
+    batch = size_of(inputs[1], 0)
+    blocks = Grid(inputs[1], mask, least(batch, 1), _STRICT_SIZE, 1)
     # No count is needed: a row that sees nothing has nothing in its sums.
     state = AttentionState(maximum, sums, tf.zeros((batch,)))
-    output, log_normalizer, after = _causal(
+    output, log_normalizer, after = causal_walk(
         _exact_block, inputs, feature_map, mask, state, blocks
     )
-    results = [_with_ones(_tokens(output), None), _tokens(log_normalizer)]
+    results = [_with_ones(swap_heads(output), None), swap_heads(log_normalizer)]
     return tf.concat(results, axis=-1), (after.maximum, after.sums)
 
 
@@ -1117,11 +651,11 @@ def _exact_block(feature_map, inputs, keep, maximum, sums):
     past = query + maximum[:, :, tf.newaxis]
     key += elapsed
     pairs = query[:, :, :, tf.newaxis] + key[:, :, tf.newaxis]
-    length = _size(key, 2)
+    length = size_of(key, 2)
     visible = tf.linalg.band_part(tf.ones((length, length), "bool"), -1, 0)
     pairs = tf.where(visible[..., tf.newaxis], pairs, FLOOR)
     scale = tf.reduce_max(tf.reduce_max(pairs, axis=-1), axis=-1, keepdims=True)
-    scale = tf.stop_gradient(tf.maximum(scale, _row_maximum(past)))
+    scale = tf.stop_gradient(tf.maximum(scale, row_maximum(past)))
     weights = tf.reduce_sum(tf.exp(pairs - scale[..., tf.newaxis]), axis=-1)
     weights = tf.where(visible, weights, 0.0)
     results = tf.matmul(tf.exp(past - scale), sums, transpose_b=True)
@@ -1136,8 +670,8 @@ def _exact_block(feature_map, inputs, keep, maximum, sums):
 
 def _chunked(query, key, value, past):
     """Causal sums of features on one scale, and the sums after the last."""
-    batch, length = _size(key, 0), _size(key, 2)
-    chunk = _chunk_of(length, CHUNK_SIZE)
+    batch, length = size_of(key, 0), size_of(key, 2)
+    chunk = chunk_of(length, block_grid.CHUNK_SIZE)
 
     def split(x):
         shape = (batch, x.shape[1], -1, chunk, x.shape[3])
@@ -1162,8 +696,8 @@ def _chunked_fading(query, key, value, decay, past, is_signed):
         sums after the last token, and the decay that each token and `past`
         have still to go through.
     """
-    batch, length = _size(key, 0), _size(key, 2)
-    chunk = _chunk_of(length, CHUNK_SIZE)
+    batch, length = size_of(key, 0), size_of(key, 2)
+    chunk = chunk_of(length, block_grid.CHUNK_SIZE)
 
     def split(x):
         return tf.reshape(x, (batch, x.shape[1], -1, chunk, x.shape[3]))
@@ -1200,7 +734,7 @@ def _chunked_fading(query, key, value, decay, past, is_signed):
 def _fading(elapsed):
     """What the decay leaves of each token s for t ≥ s: `(…, t, s)`."""
     decay = elapsed - tf.linalg.matrix_transpose(elapsed)
-    length = _size(elapsed, -2)
+    length = size_of(elapsed, -2)
     visible = tf.linalg.band_part(tf.ones((length, length), "bool"), -1, 0)
     return tf.where(visible, tf.exp(-tf.where(visible, decay, 0.0)), 0.0)
 
@@ -1223,8 +757,8 @@ def _log_fading(decay, query_length):
     # One running sum here, so in float64.
     elapsed = tf.cumsum(tf.cast(decay, tf.float64), axis=2)
     elapsed = tf.pad(elapsed, [(0, 0), (0, 0), (1, 0), (0, 0)])
-    keys, queries = tf.range(_size(decay, 2)), tf.range(query_length)
-    last = tf.minimum(queries + 1, _size(decay, 2))
+    keys, queries = tf.range(size_of(decay, 2)), tf.range(query_length)
+    last = tf.minimum(queries + 1, size_of(decay, 2))
     difference = tf.gather(elapsed, last, axis=2)
     difference -= tf.linalg.matrix_transpose(elapsed[:, :, 1:])
     is_past = queries[:, tf.newaxis] >= keys
@@ -1240,7 +774,7 @@ def _visible_decay(decay, key_mask):
     return tf.where(keep, decay, 0.0)
 
 
-def _log(normalizer, scale):
+def absolute_log(normalizer, scale):
     """Logarithm of a normaliser that was divided by exp(scale)."""
     visible = normalizer > 0.0
     logarithm = tf.math.log(tf.where(visible, normalizer, 1.0)) + scale
@@ -1287,7 +821,7 @@ def _maximum(log_key, past=None):
     return tf.stop_gradient(maximum)
 
 
-def _row_maximum(log_query):
+def row_maximum(log_query):
     return tf.stop_gradient(tf.reduce_max(log_query, axis=-1, keepdims=True))
 
 
@@ -1297,7 +831,7 @@ def _exp_key(log_key, maximum):
 
 def _exp_query(log_query, maximum):
     log_query += maximum[..., tf.newaxis, :]
-    return tf.exp(log_query - _row_maximum(log_query))
+    return tf.exp(log_query - row_maximum(log_query))
 
 
 def _divide(sums, count=None):
@@ -1328,7 +862,7 @@ def _inverse(normalizer, count):
     return tf.where(visible, 1.0 / tf.where(visible, normalizer, 1.0), 0.0)
 
 
-def _safe_ratio(numerator, normalizer):
+def safe_ratio(numerator, normalizer):
     visible = normalizer > 0.0
     ratio = numerator / tf.where(visible, normalizer, 1.0)
     return tf.where(visible, ratio, 0.0)
@@ -1352,9 +886,9 @@ def _is_exact(sums, sees):
 def _exact_weights(logits, visible, scores):
     """Attention weights of the shape of scores, from logits of any range."""
     logits = tf.where(visible, logits, FLOOR)
-    logits -= _row_maximum(logits)
+    logits -= row_maximum(logits)
     weights = tf.where(visible, tf.exp(logits), 0.0)
-    weights = _safe_ratio(weights, tf.reduce_sum(weights, -1, keepdims=True))
+    weights = safe_ratio(weights, tf.reduce_sum(weights, -1, keepdims=True))
     return tf.ensure_shape(weights, scores.shape)
 
 
@@ -1375,7 +909,7 @@ def _pairwise_logits(query, key):
         return (), (), (scale, total)
 
     start = zeros + FLOOR, zeros
-    _, _, (scale, total) = _walk(accumulate, sizes, start)
+    _, _, (scale, total) = walk(accumulate, sizes, start)
     logits = scale + tf.math.log(total)
 
     def gradient(upstream):
@@ -1385,7 +919,7 @@ def _pairwise_logits(query, key):
             sums = tf.reduce_sum(share, -1), tf.reduce_sum(share, -2)
             return sums, (), ()
 
-        (of_query, of_key), _, _ = _walk(one, sizes, (), results=2)
+        (of_query, of_key), _, _ = walk(one, sizes, (), results=2)
         back = (1, 2, 3, 0)
         return tf.transpose(of_query, back), tf.transpose(of_key, back)
 
@@ -1419,26 +953,8 @@ def _add(carry, others):
     return [a + b for a, b in zip(carry, others, strict=True)]
 
 
-def _chunk_of(length, largest):
-    """The chunk size for a length: at most the next power of two."""
-    if isinstance(length, int) and length < largest:
-        return 1 << max(0, length - 1).bit_length()
-    return largest
-
-
 def _count(key, key_mask):
     """Visible keys, `(batch,)`."""
     if key_mask is None:
-        return tf.fill((_size(key, 0),), tf.cast(_size(key, 1), tf.float32))
+        return tf.fill((size_of(key, 0),), tf.cast(size_of(key, 1), tf.float32))
     return tf.reduce_sum(tf.cast(key_mask, tf.float32), axis=1)
-
-
-def _size(x, axis):
-    static = x.shape[axis]
-    return tf.shape(x)[axis] if static is None else static
-
-
-def _least(size, least):
-    if isinstance(size, int) and isinstance(least, int):
-        return max(size, least)
-    return tf.maximum(size, least)

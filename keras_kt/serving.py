@@ -15,9 +15,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kt import linear_attention
+from keras_kt import distance, linear_attention
 
-_STATES = linear_attention.AttentionState, linear_attention.NearFieldState
+_STATES = linear_attention.AttentionState, distance.NearFieldState
 _WARMUP = "assets.extra/tf_serving_warmup_requests"
 # TensorFlow Serving reads no more.
 _MOST_WARMUP = 1000

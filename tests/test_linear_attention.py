@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_kt import linear_attention
+from keras_kt import block_grid, linear_attention
 from keras_kt.linear_attention import AttentionState
 from tests import cases, reference
 
@@ -208,8 +208,8 @@ def test_causal_step_and_quadratic_agree(map_name, masked):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks of several chunks at the lengths of a test."""
-    monkeypatch.setattr(linear_attention, "CHUNK_SIZE", CHUNK)
-    monkeypatch.setattr(linear_attention, "_MAX_BLOCK", 2 * CHUNK)
+    monkeypatch.setattr(block_grid, "CHUNK_SIZE", CHUNK)
+    monkeypatch.setattr(block_grid, "MAX_BLOCK", 2 * CHUNK)
 
 
 @pytest.mark.parametrize("masked", (False, True), ids=("whole", "padded"))

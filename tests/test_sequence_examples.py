@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LIST_OPERATORS = {
@@ -200,6 +201,27 @@ def deb(content, name):
         header = f"{member:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(body):<10}`"
         package += header.encode() + b"\n" + body + b"\n" * (len(body) % 2)
     return package
+
+
+def test_mutations_are_for_training_only():
+    dna = script("dna")
+    x = np.tile(np.arange(1, 5, dtype="uint8"), (200, 25))
+    x[:, 90:] = 0
+    np.testing.assert_array_equal(dna.Mutate(0.1, 8, seed=0)(x), x)
+    layer = dna.Mutate(0.1, 0, seed=0)
+    mutated = tf.function(
+        lambda tokens: layer(tokens, training=True), jit_compile=True
+    )(x).numpy()
+    np.testing.assert_array_equal(mutated[:, 90:], 0)
+    assert set(np.unique(mutated[:, :90])) == {1, 2, 3, 4}
+    # A quarter of the drawn bases are what they were.
+    share = np.mean(mutated[:, :90] != x[:, :90])
+    assert 0.06 < share < 0.09
+    shifted = dna.Mutate(0.0, 3, seed=0)(x, training=True).numpy()
+    starts = shifted[:, 0] - 1
+    assert set(starts) == {0, 1, 2, 3}
+    for row, start in zip(shifted, starts, strict=True):
+        np.testing.assert_array_equal(row, np.pad(x[0], (0, 3))[start:][:100])
 
 
 def test_dna_is_read_from_the_package(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
-from keras_kt import linear_attention
+from keras_kt import block_grid, distance, linear_attention
 from tests import cases, reference
 from tests.contract import layer_contract
 from tests.test_attention import array, wrong
@@ -23,8 +23,8 @@ ALGORITHMS = ("linear", "step", "quadratic")
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks of several chunks at the lengths of a test."""
-    monkeypatch.setattr(linear_attention, "CHUNK_SIZE", 4)
-    monkeypatch.setattr(linear_attention, "_MAX_BLOCK", 8)
+    monkeypatch.setattr(block_grid, "CHUNK_SIZE", 4)
+    monkeypatch.setattr(block_grid, "MAX_BLOCK", 8)
 
 
 def decays(length, seed=5):
@@ -55,7 +55,7 @@ def run(algorithm, tensors, bound, kernel, window, mask, causal):
     elif algorithm == "step":
         output = in_steps(query, key, value, bound, kernel, window, masks)
     elif kernel is not None:
-        output, _ = linear_attention.near_field(
+        output, _ = distance.near_field(
             query,
             key,
             value,
@@ -68,9 +68,7 @@ def run(algorithm, tensors, bound, kernel, window, mask, causal):
     elif causal:
         output, _ = linear_attention.causal(query, key, value, bound, **masks)
     else:
-        output = linear_attention.fading(
-            query, key, value, bound, decay, key_mask=mask
-        )
+        output = distance.fading(query, key, value, bound, decay, key_mask=mask)
     return tokens_first(output)[0]
 
 
@@ -82,10 +80,10 @@ def in_steps(query, key, value, bound, kernel, window, masks):
         state = linear_attention.initial_state(*sizes)
         step = linear_attention.step
     else:
-        state = linear_attention.initial_near_field_state(*sizes, dim, window)
+        state = distance.initial_near_field_state(*sizes, dim, window)
 
         def step(*args, **kwargs):
-            return linear_attention.near_field(
+            return distance.near_field(
                 *args, kernel, window, use_causal_mask=True, **kwargs
             )
 
