@@ -230,7 +230,7 @@ def plot_history(monitor, path=None):
                 )
         panel.set_title(f"{path}: {name}", size=9)
         panel.set_xlabel("epoch")
-        panel.legend(fontsize=6, ncols=heads)
+        panel.legend(fontsize=6, ncols=min(heads, 4))
     return figure
 
 
