@@ -18,8 +18,8 @@ def grids(query, key, mask, is_causal=False):
     """Grids of the queries and of the keys, with the same groups."""
     sizes = [size_of(x, 1) for x in (query, key)]
     limit = _block_limit(key.shape[2], is_causal)
-    longest = least(sizes[0], sizes[1])
-    per_group = least(limit // least(longest, 1), 1)
+    longest = at_least(sizes[0], sizes[1])
+    per_group = at_least(limit // at_least(longest, 1), 1)
     arguments = per_group, limit, CHUNK_SIZE if is_causal else 1
     return Grid(query, None, *arguments), Grid(key, mask, *arguments)
 
@@ -47,11 +47,11 @@ class Grid:
 
     def __init__(self, x, mask, per_group, limit, multiple):
         self.batch, self.length = size_of(x, 0), size_of(x, 1)
-        self.groups = least(shares(self.batch, per_group), 1)
+        self.groups = at_least(shares(self.batch, per_group), 1)
         self.group = shares(self.batch, self.groups)
-        self.count = least(shares(self.length, limit), 1)
+        self.count = at_least(shares(self.length, limit), 1)
         self.sizes = self.groups, self.count
-        size = least(shares(self.length, self.count), 1)
+        size = at_least(shares(self.length, self.count), 1)
         self.multiple = chunk_of(size, multiple)
         self.size = shares(size, self.multiple) * self.multiple
         self.padding = [
@@ -225,11 +225,13 @@ def chunk_of(length, largest):
 
 
 def size_of(x, axis):
+    """The length of an axis: an integer if static, else a tensor."""
     static = x.shape[axis]
     return tf.shape(x)[axis] if static is None else static
 
 
-def least(size, least):
+def at_least(size, least):
+    """The larger of two sizes, static if both are."""
     if isinstance(size, int) and isinstance(least, int):
         return max(size, least)
     return tf.maximum(size, least)

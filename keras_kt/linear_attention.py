@@ -30,9 +30,9 @@ import tensorflow as tf
 from keras_kt import block_grid, feature_maps
 from keras_kt.block_grid import (
     Grid,
+    at_least,
     chunk_of,
     grids,
-    least,
     restart,
     size_of,
     swap_heads,
@@ -626,7 +626,7 @@ def _strict_block(feature_map, inputs, keep, maximum, sums):
     inputs = [swap_heads(x) for x in inputs]
     mask = None if keep is None else keep[:, 0, :, 0]
     batch = size_of(inputs[1], 0)
-    blocks = Grid(inputs[1], mask, least(batch, 1), _STRICT_SIZE, 1)
+    blocks = Grid(inputs[1], mask, at_least(batch, 1), _STRICT_SIZE, 1)
     # No count is needed: a row that sees nothing has nothing in its sums.
     state = AttentionState(maximum, sums, tf.zeros((batch,)))
     output, log_normalizer, after = causal_walk(
@@ -822,6 +822,7 @@ def _maximum(log_key, past=None):
 
 
 def row_maximum(log_query):
+    """Maximum over the last axis, which is kept."""
     return tf.stop_gradient(tf.reduce_max(log_query, axis=-1, keepdims=True))
 
 
@@ -863,6 +864,7 @@ def _inverse(normalizer, count):
 
 
 def safe_ratio(numerator, normalizer):
+    """A ratio that is zero where the normaliser is."""
     visible = normalizer > 0.0
     ratio = numerator / tf.where(visible, normalizer, 1.0)
     return tf.where(visible, ratio, 0.0)
