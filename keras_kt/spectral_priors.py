@@ -51,8 +51,8 @@ class Frequencies(NamedTuple):
     def of_samples(cls, omega: tf.Tensor) -> "Frequencies":
         """Equally likely frequencies, whose moments are those of the draw.
 
-        For laws whose own moments are not known: estimates are then exact for
-        the draw.
+        Their centre is zero. For laws whose own moments are not known: the
+        kernel is then that of the draw.
 
         Args:
             omega: `(heads, num_frequencies, head_dim)`.
@@ -884,7 +884,9 @@ class DistributionPrior(SpectralPrior):
 
     def copy(self, **changes):
         # The function itself, which need not be registered until it is saved.
-        return super().copy(distribution_fn=self.distribution_fn, **changes)
+        return super().copy(
+            **{"distribution_fn": self.distribution_fn, **changes}
+        )
 
     @property
     def has_moment_generating_function(self):
