@@ -97,7 +97,7 @@ def add_arguments(parser):
         "--mutations",
         type=float,
         default=0.0,
-        help="mean share of bases that change in training, default 0",
+        help="mean share of bases drawn anew in training, default 0",
     )
     add(
         "--shift",

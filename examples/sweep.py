@@ -194,7 +194,12 @@ def read_records(folder):
 
 def write_table(records, path):
     """A Markdown table a task, best first."""
-    lines = ["# Experiments", "", "`python examples/sweep.py`", ""]
+    lines = [
+        "# Experiments",
+        "",
+        "`python examples/sweep.py`; each run's flags are in its JSON file.",
+        "",
+    ]
     lines += overview(records)
     for task, systems in records.items():
         first = next(iter(systems.values()))[0]
@@ -332,7 +337,13 @@ def draw_curves(records):
         left.set_xlabel("training step")
         left.set_ylabel(f"validation {record['score']}")
         right.set_xlabel("seconds of training")
-        left.legend(fontsize=7, ncols=2)
+        # Beside the panels, where it hides no curve; labels are the left one's.
+        right.legend(
+            *left.get_legend_handles_labels(),
+            fontsize=7,
+            loc="upper left",
+            bbox_to_anchor=(1.0, 1.0),
+        )
     return figure
 
 
@@ -413,7 +424,7 @@ def draw_sparsity(systems):
     panel.set_xlabel("density: share of the tokens that share a key")
     panel.set_ylabel("test accuracy")
     panel.set_title(runs[0]["task"])
-    panel.legend(fontsize=7, ncols=2)
+    figure.legend(fontsize=7, loc="outside right upper")
     return figure
 
 

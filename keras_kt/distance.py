@@ -266,8 +266,8 @@ def _merge(*parts):
     # Not `add_n`, which sums three parts in an order that changes from call to
     # call: it begins with whichever buffer happens to be free.
     outputs, logarithms = (tf.stack(x) for x in zip(*parts, strict=True))
-    shares = tf.nn.softmax(logarithms, axis=0)
-    return tf.reduce_sum(outputs * shares, axis=0)
+    weights = tf.nn.softmax(logarithms, axis=0)
+    return tf.reduce_sum(outputs * weights, axis=0)
 
 
 def _recomputed(function, *tensors):

@@ -191,11 +191,12 @@ def plot_history(monitor, path=None):
     >>> figure = keras_kt.plots.plot_history(monitor)
     """
     history = getattr(monitor, "history", None)
-    if not history:
+    # What `fit` returns has a history too, of losses.
+    if not history or not hasattr(monitor, "distances"):
         raise ValueError(
             "`monitor` must be a SpectralMonitor that has watched at least one "
-            f"epoch. Received: monitor={monitor!r}, which has no records. Give "
-            "it to `fit` as a callback first."
+            f"epoch. Received: monitor={monitor!r}, which has no records of "
+            "kernels. Give a monitor to `fit` as a callback first."
         )
     path = next(iter(history)) if path is None else path
     if path not in history:

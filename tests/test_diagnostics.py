@@ -320,8 +320,9 @@ def test_monitor_writes_and_warns_once(tmp_path, caplog):
     )
     with pytest.raises(ValueError, match="`path` must be one of"):
         plots.plot_history(monitor, "other")
-    with pytest.raises(ValueError, match="watched at least one epoch"):
-        plots.plot_history(keras_kt.SpectralMonitor(tmp_path))
+    for unwatched in (keras_kt.SpectralMonitor(tmp_path), model.history):
+        with pytest.raises(ValueError, match="watched at least one epoch"):
+            plots.plot_history(unwatched)
 
 
 def test_monitor_refuses():
