@@ -13,8 +13,7 @@ import numpy as np
 
 def choice(name, value, choices):
     """`value`, one of `choices`."""
-    if value is not None and not isinstance(value, str):
-        value = _plain(value)
+    value = str(value) if isinstance(value, str) else _plain(value)
     # Not `in`, which compares arrays element by element.
     if not any(type(value) is type(c) and value == c for c in choices):
         raise ValueError(
