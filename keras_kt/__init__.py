@@ -32,9 +32,7 @@ from keras_kt.feature_maps import (
 from keras_kt.generation import generate
 from keras_kt.keras_hub_layers import CachedKernelizedAttention
 from keras_kt.linear_attention import AttentionState
-from keras_kt.serving import export_saved_model
-from keras_kt.spectral_monitor import SpectralMonitor
-from keras_kt.spectral_priors import (
+from keras_kt.priors import (
     DistributionPrior,
     FastFoodPrior,
     Frequencies,
@@ -43,6 +41,8 @@ from keras_kt.spectral_priors import (
     NormalPrior,
     SpectralPrior,
 )
+from keras_kt.serving import export_saved_model
+from keras_kt.spectral_monitor import SpectralMonitor
 from keras_kt.systems import PAPER_SYSTEMS, paper_system
 from keras_kt.transformer import (
     DecoderState,

@@ -15,10 +15,11 @@ import numpy as np
 import tensorflow as tf
 
 from keras_kt import (
+    _checks,
     distance,
     feature_maps,
     linear_attention,
-    spectral_priors,
+    priors,
 )
 
 IMPLEMENTATIONS = ("auto", "linear", "quadratic")
@@ -177,12 +178,10 @@ class KernelizedAttention(keras.layers.Layer):
                 "`dropout` must be a number in [0, 1). "
                 f"Received: dropout={dropout}"
             )
-        spectral_priors.check_choice("qk_norm", qk_norm, (None, "l2"))
-        spectral_priors.check_choice("redraw", redraw, REDRAWS)
-        spectral_priors.check_choice(
-            "implementation", implementation, IMPLEMENTATIONS
-        )
-        spectral_priors.check_choice("decay", decay, DECAYS)
+        _checks.choice("qk_norm", qk_norm, (None, "l2"))
+        _checks.choice("redraw", redraw, REDRAWS)
+        _checks.choice("implementation", implementation, IMPLEMENTATIONS)
+        _checks.choice("decay", decay, DECAYS)
         if flash_attention:
             warnings.warn(
                 "`flash_attention` has no effect on KernelizedAttention, whose "
@@ -214,7 +213,7 @@ class KernelizedAttention(keras.layers.Layer):
         self.use_gate = use_gate
         self.seed = seed
         self._recipes = _Recipes(
-            spectral_priors.get(spectral_prior), feature_maps.get(feature_map)
+            priors.get(spectral_prior), feature_maps.get(feature_map)
         )
         self.num_features = num_features
         self.qk_norm = qk_norm
@@ -239,6 +238,17 @@ class KernelizedAttention(keras.layers.Layer):
     def feature_map(self):
         """The built feature map; before `build`, the recipe."""
         return getattr(self, "_feature_map", self._recipes.feature_map)
+
+    @property
+    def spectral_weights(self):
+        """The trainable weights of the kernel: of the prior and the feature
+        map, and the temperature. Their names begin with `spectral_`."""
+        layers = (
+            self.spectral_prior,
+            self.feature_map,
+            getattr(self, "_qk_norm", None),
+        )
+        return [w for layer in layers if layer for w in layer.trainable_weights]
 
     @property
     def query_dense(self):
@@ -858,9 +868,7 @@ class _Recipes:
         return prior.copy(name="spectral_prior", seed=seed)
 
     def feature_map_copy(self):
-        config = self.feature_map.get_config()
-        config["name"] = "feature_map"
-        return type(self.feature_map).from_config(config)
+        return self.feature_map.copy(name="feature_map")
 
 
 class _UnitNorm(keras.layers.Layer):
@@ -871,7 +879,7 @@ class _UnitNorm(keras.layers.Layer):
 
     def build(self, num_heads):
         self.raw_temperature = self.add_weight(
-            name="temperature",
+            name="spectral_temperature",
             shape=(int(num_heads), 1),
             initializer=keras.initializers.Constant(math.log(math.e - 1)),
             autocast=False,
@@ -898,14 +906,14 @@ class _Decay(keras.layers.Layer):
         # Heads forget at speeds of their own from the start.
         rates = 2.0 ** -np.linspace(5.0, 12.0, num_heads)
         self.raw_rate = self.add_weight(
-            name="rate",
+            name="decay_rate",
             shape=(num_heads,),
             initializer=lambda shape, dtype: np.log(np.expm1(rates)),
             autocast=False,
         )
         if self.is_gated:
             self.gate = self.add_weight(
-                name="gate",
+                name="decay_gate",
                 shape=(features, num_heads),
                 initializer="zeros",
                 autocast=False,

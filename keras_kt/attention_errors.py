@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kt import kernels, linear_attention, spectral_priors
+from keras_kt import kernels, linear_attention, priors
 from keras_kt.attention import KernelizedAttention
 from keras_kt.conversion import attention_layers, recorded_calls
 
@@ -319,7 +319,7 @@ def has_tilt(layer) -> bool:
     """Whether the layer's kernel is exp(q·k + μ·k) with a mean μ to set."""
     prior = layer.spectral_prior
     return (
-        isinstance(prior, spectral_priors.NormalPrior)
+        isinstance(prior, priors.NormalPrior)
         and prior.use_mean
         and getattr(layer.feature_map, "prefactor", None) == "tilted"
     )

@@ -20,7 +20,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kt import attention_errors, feature_maps, spectral_priors
+from keras_kt import _checks, attention_errors, feature_maps, priors
 from keras_kt.conversion import replace_layer
 
 TARGETS = ("output", "matrix")
@@ -166,7 +166,7 @@ def distil(
     >>> len(history), list(history[0])
     (3, ['attention'])
     """
-    spectral_priors.check_choice("target", target, TARGETS)
+    _checks.choice("target", target, TARGETS)
     pairs = attention_errors.pairs_of_layers(student, teacher)
     variables = []
     for _, layer, _ in pairs:
@@ -211,7 +211,7 @@ def _cannot_move(layer):
     is_softmax = isinstance(feature_map, feature_maps.PositiveFeatures) and (
         feature_map.prefactor in ("softmax", "tilted")
     )
-    if not is_softmax or not isinstance(prior, spectral_priors.NormalPrior):
+    if not is_softmax or not isinstance(prior, priors.NormalPrior):
         return "left as it is: its kernel is not softmax's"
     scale = prior.scale.numpy()
     identity = np.eye(layer.key_dim) if scale.ndim == 4 else 1.0
@@ -498,7 +498,7 @@ def _spend(items, budget):
     """Gives each layer features while the mean is within the budget."""
     choices = []
     for item in items:
-        priors = {}
+        by_count = {}
         for blocks in _BLOCKS:
             count = 2 * item.layer.key_dim * blocks
             if count <= budget * len(items):
@@ -506,24 +506,24 @@ def _spend(items, budget):
                 errors = [
                     h.matrix for h in attention_errors.head_errors(item, prior)
                 ]
-                priors[count] = prior, float(np.mean(errors))
-        choices.append(priors)
-    spent = [min(priors) for priors in choices]
+                by_count[count] = prior, float(np.mean(errors))
+        choices.append(by_count)
+    spent = [min(by_count) for by_count in choices]
     while True:
         gains = []
-        for number, priors in enumerate(choices):
+        for number, by_count in enumerate(choices):
             more = 2 * spent[number]
             added = more - spent[number]
-            if more in priors and sum(spent) + added <= budget * len(items):
-                gain = priors[spent[number]][1] - priors[more][1]
+            if more in by_count and sum(spent) + added <= budget * len(items):
+                gain = by_count[spent[number]][1] - by_count[more][1]
                 gains.append((gain / added, number))
         if not gains or max(gains)[0] <= 0.0:
             break
         spent[max(gains)[1]] *= 2
-    for item, priors, count in zip(items, choices, spent, strict=True):
+    for item, by_count, count in zip(items, choices, spent, strict=True):
         layer = item.layer
         layer.num_features = count
-        replace_layer(layer, layer.spectral_prior, priors[count][0])
+        replace_layer(layer, layer.spectral_prior, by_count[count][0])
 
 
 def _forget_compilation(model):

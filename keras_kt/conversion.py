@@ -14,7 +14,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_kt import feature_maps, keras_hub_layers, spectral_priors
+from keras_kt import _checks, feature_maps, keras_hub_layers, priors
 from keras_kt.attention import KernelizedAttention
 
 ON_UNSUPPORTED = ("skip", "quadratic", "error")
@@ -149,14 +149,12 @@ def convert_attention(
     >>> print(report)
     attention: linear, 8 features
     """
-    spectral_priors.check_choice(
-        "on_unsupported", on_unsupported, ON_UNSUPPORTED
-    )
+    _checks.choice("on_unsupported", on_unsupported, ON_UNSUPPORTED)
     _check_model(model)
     found = attention_layers(model)
     chosen = _choose(found, layers)
     if spectral_prior is None:
-        spectral_prior = spectral_priors.NormalPrior(use_mean=True)
+        spectral_prior = priors.NormalPrior(use_mean=True)
     if isinstance(feature_map, str) and feature_map == "tilted":
         feature_map = feature_maps.PositiveFeatures("tilted")
     counts = _feature_counts(num_features, chosen)

@@ -15,11 +15,9 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_kt.spectral_priors import (
-    Frequencies,
-    SpectralPrior,
-    check_choice,
-)
+from keras_kt import _checks
+from keras_kt._recipe import Recipe
+from keras_kt.priors import Frequencies, SpectralPrior
 
 PREFACTORS = ("softmax", "tilted", "gaussian", "isotropic")
 
@@ -248,12 +246,8 @@ def _split(x):
     return high, x - high
 
 
-class FeatureMap(keras.layers.Layer):
+class FeatureMap(Recipe):
     """Base class of the feature maps; like a prior, a recipe until built."""
-
-    def __init__(self, **kwargs):
-        kwargs["dtype"] = "float32"
-        super().__init__(**kwargs)
 
     # Features per frequency.
     sides = 1
@@ -286,11 +280,6 @@ class FeatureMap(keras.layers.Layer):
     def bind(self, frequencies: Frequencies, scale: float = 1.0):
         """A function from x to φ(scale · x), for one draw of frequencies."""
         raise NotImplementedError
-
-    def get_config(self):
-        config = super().get_config()
-        config.pop("dtype", None)
-        return config
 
 
 @keras.saving.register_keras_serializable(package="keras_kt")
@@ -326,9 +315,8 @@ class PositiveFeatures(FeatureMap):
 
     def __init__(self, prefactor="softmax", two_sided=True, **kwargs):
         super().__init__(**kwargs)
-        check_choice("prefactor", prefactor, PREFACTORS)
-        self.prefactor = prefactor
-        self.two_sided = two_sided
+        self.prefactor = _checks.choice("prefactor", prefactor, PREFACTORS)
+        self.two_sided = _checks.boolean("two_sided", two_sided)
 
     @property
     def sides(self):
@@ -427,17 +415,12 @@ class TrigonometricFeatures(FeatureMap):
 
     def __init__(self, smoothing=0.1, *, trainable=True, **kwargs):
         super().__init__(trainable=trainable, **kwargs)
-        if not (isinstance(smoothing, (int, float)) and smoothing > 0):
-            raise ValueError(
-                "`smoothing` must be a positive number. "
-                f"Received: smoothing={smoothing}"
-            )
-        self.smoothing = smoothing
+        self.smoothing = _checks.number("smoothing", smoothing, is_open=True)
 
     def build(self, num_heads):
         raw = self.smoothing + math.log(-math.expm1(-self.smoothing))
         self._raw_smoothing = self.add_weight(
-            name="smoothing",
+            name="spectral_smoothing",
             shape=(int(num_heads), 1, 1),
             initializer=keras.initializers.Constant(raw),
             autocast=False,

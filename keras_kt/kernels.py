@@ -9,11 +9,9 @@ and attention algorithms that it judges.
 import math
 
 import numpy as np
-import tensorflow_probability as tfp
 
-from keras_kt import feature_maps, spectral_priors
+from keras_kt import feature_maps, priors
 
-tfd = tfp.distributions
 # Prefactors whose quadratic part is −½xᵀΣx; the others have −xᵀΣx.
 _HALF = ("softmax", "tilted")
 
@@ -98,12 +96,12 @@ def closed_form(prior, feature_map, x, y):
     (2.7183, 2.7183)
     """
     x, y = (_each_head(points, prior.num_heads) for points in (x, y))
-    if isinstance(prior, spectral_priors.FastFoodPrior):
+    if isinstance(prior, priors.FastFoodPrior):
         rows = prior.distribution().samples.numpy()
         return from_frequencies(rows, feature_map, x, y)
-    if isinstance(prior, spectral_priors.DistributionPrior):
+    if isinstance(prior, priors.DistributionPrior):
         law = _from_tfp(prior.distribution())
-    elif isinstance(prior, spectral_priors._GaussianPrior):
+    elif isinstance(prior, priors.GaussianPrior):
         law = _gaussian(prior)
     else:
         raise ValueError(
@@ -271,6 +269,8 @@ def _gaussian(prior):
 
 
 def _from_tfp(law):
+    from tensorflow_probability import distributions as tfd
+
     if isinstance(law, tfd.Independent):
         base = law.distribution
         if isinstance(base, tfd.Normal):

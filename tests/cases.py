@@ -118,7 +118,7 @@ def key_mask(keys=KEYS):
 
 def weights_of(layer):
     return {
-        weight.name: weight.numpy().astype("float64")
+        weight.name.removeprefix("spectral_"): weight.numpy().astype("float64")
         for weight in layer.trainable_weights
     }
 
@@ -143,13 +143,11 @@ def reference_frequencies(prior, weights, noise):
 
 
 def reference_noise(prior):
-    """The stored draw, standardised where the prior stores only a seed."""
+    """The stored draw; standard normal numbers where it is uniform."""
     noise = prior.base_noise.numpy()
-    if not isinstance(prior, keras_kt.DistributionPrior):
-        return noise if noise.dtype == "int32" else noise.astype("float64")
-    offsets = prior().offsets.numpy().astype("float64")
-    scale = reference.softplus(weights_of(prior)["scale"])
-    return offsets / scale[:, None]
+    if isinstance(prior, keras_kt.DistributionPrior):
+        return reference.normal_quantile(noise[:, 0].astype("float64"))
+    return noise if noise.dtype == "int32" else noise.astype("float64")
 
 
 def reference_kind(feature_map, weights):

@@ -5,6 +5,8 @@ stabilisation, and is analytic, so that a complex step differentiates it to
 machine precision.
 """
 
+import statistics
+
 import numpy as np
 
 STEP = 1e-30
@@ -12,6 +14,12 @@ STEP = 1e-30
 
 def softplus(x):
     return np.log1p(np.exp(x))
+
+
+def normal_quantile(levels):
+    """Inverse of the normal distribution function."""
+    inverse = statistics.NormalDist().inv_cdf
+    return np.vectorize(inverse, otypes=["float64"])(levels)
 
 
 def matrix(scale):
@@ -77,12 +85,12 @@ def fastfood_frequencies(weights, permutation, count, dim):
 
 def generator_frequencies(weights, noise):
     hidden, index = noise, 0
-    while f"kernel_{index}" in weights:
-        kernel = weights[f"kernel_{index}"]
+    while f"weight_{index}" in weights:
+        kernel = weights[f"weight_{index}"]
         hidden = np.einsum("hmi,hio->hmo", hidden, kernel)
         hidden = hidden + weights[f"bias_{index}"][:, None]
         index += 1
-        if f"kernel_{index}" in weights:
+        if f"weight_{index}" in weights:
             hidden = np.where(hidden.real < 0, 0.01 * hidden, hidden)
         power = (hidden**2).mean(-1, keepdims=True)
         hidden = hidden / np.sqrt(power + 1e-6)

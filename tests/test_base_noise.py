@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_kt import base_noise
+from keras_kt.priors import base_noise
 
 SEED = tf.constant([3, 5], tf.int32)
 

@@ -9,7 +9,8 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 import keras_kt
-from keras_kt import base_noise, feature_maps, kernels
+from keras_kt import feature_maps, kernels
+from keras_kt.priors import base_noise
 from tests import cases
 
 tfd = tfp.distributions

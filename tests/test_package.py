@@ -5,6 +5,7 @@ import doctest
 import inspect
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,8 +21,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "keras_kt"
 # Each module may import only those before it.
 ORDER = (
-    "base_noise",
-    "spectral_priors",
+    "_checks",
+    "_recipe",
+    "priors",
     "feature_maps",
     "block_grid",
     "linear_attention",
@@ -63,28 +65,59 @@ def tracked_files():
 
 def test_imports_point_upstream_only():
     names = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    names |= {path.parent.name for path in PACKAGE.glob("*/*.py")}
     assert names == set(ORDER)
-    for index, name in enumerate(ORDER):
-        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
-        for node in ast.walk(tree):
+    for path in files():
+        name = room(path)
+        for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.ImportFrom):
                 continue
             if node.module == "keras_kt":
-                imported = [alias.name for alias in node.names]
+                imported = {alias.name for alias in node.names}
             elif (node.module or "").startswith("keras_kt."):
-                imported = [node.module.split(".")[1]]
+                imported = {node.module.split(".")[1]}
             else:
                 continue
-            assert set(imported) <= set(ORDER[:index]), (name, imported)
+            upstream = set(ORDER[: ORDER.index(name)])
+            if path.parent != PACKAGE:
+                upstream.add(name)  # within the folder
+            assert imported <= upstream, (path, imported)
+
+
+def files():
+    """The package's modules, all but its `__init__`."""
+    return [
+        p
+        for p in sorted(PACKAGE.rglob("*.py"))
+        if p.parent != PACKAGE or p.stem != "__init__"
+    ]
+
+
+def room(path):
+    """The module or folder of the package that a file is, or is in."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def test_only_the_priors_and_their_oracle_import_tfp():
-    users = [
-        path.stem
-        for path in PACKAGE.glob("*.py")
-        if "tensorflow_probability" in path.read_text()
-    ]
-    assert sorted(users) == ["kernels", "spectral_priors"]
+    users = {
+        room(p)
+        for p in files()
+        if "import tensorflow_prob" in p.read_text()
+        or "from tensorflow_prob" in p.read_text()
+    }
+    assert users == {"kernels", "priors"}
+
+
+def test_tfp_and_matplotlib_are_imported_when_they_are_used():
+    """They cost seconds, and most models need neither."""
+    code = (
+        "import sys, keras_kt, numpy as np\n"
+        "x = np.ones((1, 3, 4))\n"
+        "keras_kt.KernelizedAttention(2, 4, spectral_prior='mixture')(x, x)\n"
+        "late = {'tensorflow_probability', 'tf_keras', 'matplotlib'}\n"
+        "assert not late & set(sys.modules), late & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("name", keras_kt.__all__)
@@ -99,9 +132,10 @@ def test_public_names_are_documented_and_serialisable(name):
         assert registered == f"keras_kt>{name}"
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_public_functions_are_documented(name):
-    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+@pytest.mark.parametrize("path", files(), ids=lambda path: path.stem)
+def test_public_functions_are_documented(path):
+    name = path.stem
+    tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree)
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -182,6 +216,6 @@ def test_no_machine_paths_downloads_or_large_files():
             text = path.read_text()
             if path != Path(__file__):
                 assert not machine.search(text), path
-    for path in PACKAGE.glob("*.py"):
+    for path in files():
         text = path.read_text()
         assert "get_file(" not in text and "urllib" not in text, path

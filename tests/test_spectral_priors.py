@@ -5,7 +5,7 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 import keras_kt
-from keras_kt import spectral_priors
+from keras_kt import priors
 from tests import cases
 
 tfd = tfp.distributions
@@ -221,7 +221,7 @@ def test_written_distributions_draw_alike_with_and_without_xla(
 
 
 def test_wrong_arguments_name_what_is_expected():
-    with pytest.raises(ValueError, match="`num_components` must be a positive"):
+    with pytest.raises(ValueError, match="`num_components`, expected a"):
         keras_kt.MixturePrior(num_components=0)
     with pytest.raises(ValueError, match="`covariance` must be one of"):
         keras_kt.NormalPrior(covariance="round")
@@ -239,10 +239,10 @@ def test_wrong_arguments_name_what_is_expected():
         keras_kt.GeneratorPrior(kl_weight=1.0)
     with pytest.raises(ValueError, match="no tractable density"):
         keras_kt.FastFoodPrior(kl_weight=1.0)
-    with pytest.raises(ValueError, match="`hidden_units` must hold positive"):
+    with pytest.raises(ValueError, match="`hidden_units`, expected a positive"):
         keras_kt.GeneratorPrior(hidden_units=(3, 0))
     with pytest.raises(ValueError, match="`spectral_prior` must be one of"):
-        spectral_priors.get("gaussian")
+        priors.get("gaussian")
     with pytest.raises(
         ValueError, match="`distribution_fn` must be a function"
     ):

@@ -1,0 +1,49 @@
+"""Recipes: what is given to one or many layers, each of which builds a copy."""
+
+import inspect
+
+import keras
+
+
+class Recipe(keras.layers.Layer):
+    """A float32 layer that can be copied before it is built.
+
+    The base of spectral priors and feature maps. Their parameters stay float32
+    under any policy: an error in ω·x is a relative error of the kernel.
+    """
+
+    # Arguments of base classes, which `**kwargs` of a constructor take.
+    inherited = ("name", "trainable")
+
+    def __new__(cls, *args, **kwargs):
+        recipe = super().__new__(cls, *args, **kwargs)
+        # Past Keras, which would track the containers among them.
+        object.__setattr__(recipe, "_given", (args, kwargs))
+        return recipe
+
+    def __init__(self, **kwargs):
+        super().__init__(**{**kwargs, "dtype": "float32"})
+
+    def copy(self, **changes):
+        """An unbuilt recipe like this one, but for some arguments.
+
+        Arguments are handed on as they are, so that what cannot be saved can be
+        copied all the same. An argument counts as its attribute says now.
+        """
+        args, kwargs = self._given
+        signature = inspect.signature(type(self).__init__)
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        given = dict(list(bound.arguments.items())[1:])
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given.update(given.pop(name))
+                given.update(dict.fromkeys(self.inherited))
+        given.pop("dtype", None)
+        given = {name: getattr(self, name, x) for name, x in given.items()}
+        return type(self)(**{**given, **changes})
+
+    def get_config(self):
+        config = super().get_config()
+        config.pop("dtype", None)
+        return config

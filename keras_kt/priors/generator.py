@@ -1,0 +1,142 @@
+"""Frequencies from a learned generator network."""
+
+import keras
+import tensorflow as tf
+
+from keras_kt import _checks
+from keras_kt.priors import base_noise
+from keras_kt.priors.base import (
+    Frequencies,
+    SpectralPrior,
+    each_head,
+    no_density,
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_kt")
+class GeneratorPrior(SpectralPrior):
+    """Frequencies from a learned generator network: ω = g(ε), ε ~ N(0, I).
+
+    g is a stack of dense layers with a leaky ReLU, each followed by a root mean
+    square normalisation of the one sample (never over samples, so that
+    frequencies stay independent and inference needs no running statistics),
+    then a · tanh(·) with a learned scale a per coordinate. Its start has unit
+    variance per coordinate, as N(0, I) has. Two-sided features estimate the
+    kernel of the symmetrised law, (g(ε), −g(ε)).
+
+    Args:
+        hidden_units: widths of the hidden layers. Defaults to `None`, which
+            means one layer of 4 · head_dim.
+        noise_dim: size of ε. Defaults to `None`, which means head_dim.
+        coupling: coupling of ε: `"iid"` (default), `"orthogonal"`, `"sobol"`.
+        kernel_initializer: initializer of the dense kernels.
+        kernel_regularizer: regularizer of the dense kernels.
+        **kwargs: `per_head` (`False` is the paper's form), `seed`, `name`.
+
+    References:
+        arXiv 2110.08323, section 3.3; Li et al., "Implicit kernel learning".
+
+    Examples:
+
+    >>> prior = keras_kt.GeneratorPrior(hidden_units=(32,))
+    >>> layer = keras_kt.KernelizedAttention(2, 8, spectral_prior=prior)
+    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+    TensorShape([1, 4, 3])
+    """
+
+    def __init__(
+        self,
+        hidden_units=None,
+        *,
+        noise_dim=None,
+        coupling="iid",
+        kernel_initializer="glorot_uniform",
+        kernel_regularizer=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if self.kl_weight:
+            raise ValueError(no_density("kl_weight", "GeneratorPrior"))
+        if hidden_units is not None:
+            hidden_units = _checks.integers("hidden_units", hidden_units)
+        self.hidden_units = hidden_units
+        self.noise_dim = _checks.integer("noise_dim", noise_dim, optional=True)
+        self.coupling = _checks.choice(
+            "coupling", coupling, base_noise.COUPLINGS
+        )
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+
+    def build_parameters(self):
+        hidden = self.hidden_units
+        if hidden is None:
+            hidden = [4 * self.head_dim]
+        sizes = [self.noise_dim or self.head_dim, *hidden, self.head_dim]
+        self._kernels, self._biases = [], []
+        for index, (inputs, outputs) in enumerate(
+            zip(sizes[:-1], sizes[1:], strict=True)
+        ):
+            self._kernels.append(
+                self.add_parameter(
+                    f"weight_{index}",
+                    (inputs, outputs),
+                    each_head(self.kernel_initializer),
+                    self.kernel_regularizer,
+                )
+            )
+            self._biases.append(
+                self.add_parameter(f"bias_{index}", (outputs,), "zeros")
+            )
+        # E tanh(n)² = 0.394 for a standard normal n.
+        self._scale = self.add_parameter(
+            "scale",
+            (self.head_dim,),
+            keras.initializers.Constant(0.39429**-0.5),
+        )
+
+    def draw(self, seed):
+        shape = (
+            self.num_heads,
+            self.num_frequencies,
+            self.noise_dim or self.head_dim,
+        )
+        return base_noise.draw(shape, seed, coupling=self.coupling)
+
+    def generate(self, noise: tf.Tensor) -> tf.Tensor:
+        """g(ε): `(heads, rows, noise_dim)` to `(heads, rows, head_dim)`."""
+        self.require_built()
+        hidden = noise
+        last = len(self._kernels) - 1
+        for index in range(last + 1):
+            kernel = self.for_heads(self._kernels[index])
+            bias = self.for_heads(self._biases[index])
+            hidden = tf.linalg.matmul(hidden, kernel) + bias[:, tf.newaxis]
+            if index < last:
+                hidden = tf.nn.leaky_relu(hidden, 0.01)
+            power = tf.reduce_mean(tf.square(hidden), axis=-1, keepdims=True)
+            hidden *= tf.math.rsqrt(power + 1e-6)
+        return self.for_heads(self._scale)[:, tf.newaxis] * tf.tanh(hidden)
+
+    def frequencies(self, noise):
+        return Frequencies.of_samples(self.generate(noise))
+
+    def distribution(self):
+        """A distribution that samples; its density has no closed form."""
+        self.require_built()
+        from keras_kt.priors.generator_law import GeneratorLaw
+
+        return GeneratorLaw(self)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "hidden_units": self.hidden_units,
+            "noise_dim": self.noise_dim,
+            "coupling": self.coupling,
+            "kernel_initializer": keras.initializers.serialize(
+                self.kernel_initializer
+            ),
+            "kernel_regularizer": keras.regularizers.serialize(
+                self.kernel_regularizer
+            ),
+        }
