@@ -24,7 +24,7 @@ setup(
     install_requires=[
         "tensorflow>=2.18,<2.22",
         "keras>=3.8,<4",
-        "tensorflow-probability>=0.25,<0.26",
+        "tensorflow-probability>=0.24",
         # tensorflow-probability imports it but does not install it.
         "tf-keras>=2.18,<2.22",
         "numpy",
