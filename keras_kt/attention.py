@@ -380,10 +380,12 @@ class KernelizedAttention(keras.layers.Layer):
         training=None,
         use_causal_mask=False,
     ):
+        # Keras passes these on only where it calls, not to `layer.call`.
+        query_mask = mask_of(query, query_mask)
+        value_mask = mask_of(value, value_mask)
+        key_mask = key_mask if key is None else mask_of(key, key_mask)
         key = value if key is None else key
         _check_tensors(query, value, key)
-        if query_mask is None:
-            query_mask = getattr(query, "_keras_mask", None)
         query_mask = self._check_mask("query_mask", query_mask, query)
         value_mask = self._check_mask("value_mask", value_mask, value)
         key_mask = self._check_mask("key_mask", key_mask, key)
@@ -391,9 +393,6 @@ class KernelizedAttention(keras.layers.Layer):
         shared_mask = _vector_mask(attention_mask, query)
         if shared_mask is not None:
             key_mask, attention_mask = _both(key_mask, shared_mask), None
-        # Handled here: the projections would only warn that they lose them.
-        for tensor in (query, value, key):
-            _set_keras_mask(tensor, None)
         output, scores = self._attend(
             query,
             value,
@@ -406,7 +405,7 @@ class KernelizedAttention(keras.layers.Layer):
             use_causal_mask=use_causal_mask,
         )
         if query_mask is not None:
-            _set_keras_mask(output, query_mask)
+            output._keras_mask = query_mask
         if return_attention_scores:
             return output, scores
         return output
@@ -439,6 +438,8 @@ class KernelizedAttention(keras.layers.Layer):
         return mask
 
     def _attend(self, query, value, key, *, query_mask, key_mask, **kwargs):
+        # What is selected has no Keras mask, of whose loss the projections
+        # would warn; the caller's tensors keep theirs.
         if query_mask is not None:
             query = _select_rows(query, query_mask)
         if key_mask is not None:
@@ -858,8 +859,7 @@ class _Recipes:
         return prior.copy(name="spectral_prior", seed=seed)
 
     def feature_map_copy(self):
-        config = self.feature_map.get_config()
-        config["name"] = "feature_map"
+        config = {**self.feature_map.get_config(), "name": "feature_map"}
         return type(self.feature_map).from_config(config)
 
 
@@ -1084,11 +1084,14 @@ def _both(mask, other):
     return tf.logical_and(tf.cast(mask, "bool"), tf.cast(other, "bool"))
 
 
-def _set_keras_mask(x, mask):
-    try:
-        x._keras_mask = mask
-    except AttributeError:  # NumPy arrays, which carry none
-        pass
+def mask_of(x, mask=None):
+    """`mask`, or the Keras mask of a tensor if that is `None`."""
+    return getattr(x, "_keras_mask", None) if mask is None else mask
+
+
+def without_mask(x):
+    """A tensor as it is, but for its Keras mask; the argument keeps that."""
+    return x if mask_of(x) is None else tf.identity(x)
 
 
 def _as_shape(output_shape):

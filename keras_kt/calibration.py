@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_kt import attention_errors, feature_maps, spectral_priors
-from keras_kt.conversion import replace_layer
+from keras_kt.conversion import kept_losses, replace_layer
 
 TARGETS = ("output", "matrix")
 # Second moments are regularised by this share of their mean eigenvalue.
@@ -200,7 +200,9 @@ def distil(
 
     history = []
     for inputs in _repeated(data, steps):
-        losses = step(keras.tree.map_structure(tf.convert_to_tensor, inputs))
+        inputs = keras.tree.map_structure(tf.convert_to_tensor, inputs)
+        with kept_losses(student):
+            losses = step(inputs)
         history.append({path: float(loss) for path, loss in losses.items()})
     return history
 

@@ -238,13 +238,50 @@ def recorded_calls(layers):
         calls.append((layer, bound.arguments, output))
         return output
 
-    try:
-        for layer in layers:
-            layer.call = functools.partial(record, layer, layer.call)
+    with replaced_methods(layers, "call", record):
         yield calls
-    finally:
+
+
+@contextlib.contextmanager
+def replaced_methods(layers, name, replacement):
+    """Gives layers another method, until the context ends. Contexts nest.
+
+    Args:
+        layers: the layers; they are as before when the context ends.
+        name: of the method.
+        replacement: function of a layer, the method it had, and the method's
+            arguments.
+    """
+    with contextlib.ExitStack() as stack:
         for layer in layers:
-            vars(layer).pop("call", None)
+            method = getattr(layer, name)
+            # A replacement of someone else's is put back, too.
+            before = {name: method} if name in vars(layer) else {}
+            stack.callback(vars(layer).update, before)
+            stack.callback(vars(layer).pop, name)
+            setattr(layer, name, functools.partial(replacement, layer, method))
+        yield
+
+
+@contextlib.contextmanager
+def kept_losses(*models):
+    """Puts the losses of models back: a graph's are dead outside of it.
+
+    Args:
+        models: the models, which are called within the context.
+    """
+    layers = [
+        layer
+        for model in models
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.Layer)
+    ]
+    before = [list(layer._losses) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, losses in zip(layers, before, strict=True):
+            layer._losses[:] = losses
 
 
 def _is_attention(layer):
@@ -384,7 +421,7 @@ def _traced_calls(model, layers):
     spec = keras.tree.map_structure(
         lambda x: tf.TensorSpec(x.shape, x.dtype), inputs
     )
-    with recorded_calls(layers) as calls:
+    with kept_losses(model), recorded_calls(layers) as calls:
         tf.function(
             lambda x: model(x, training=False), autograph=False
         ).get_concrete_function(spec)

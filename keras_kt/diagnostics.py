@@ -5,8 +5,6 @@ of a model run it on a batch, look at the queries and keys of each
 `KernelizedAttention` and leave the model as it was. `plots` draws the results.
 """
 
-import contextlib
-import functools
 import inspect
 from typing import NamedTuple
 
@@ -16,6 +14,7 @@ import tensorflow as tf
 
 from keras_kt import attention_errors, kernels
 from keras_kt.attention import KernelizedAttention
+from keras_kt.conversion import kept_losses, replaced_methods
 from keras_kt.feature_maps import TrigonometricFeatures
 
 # A component with less than this share of an even one has died.
@@ -493,12 +492,10 @@ def _recorded(model, data, with_weights=False):
         sink[id(layer)] = call, weights
         return attend(**call)
 
-    with contextlib.ExitStack() as stack:
-        for layer in layers.values():
-            layer._compute_attention = functools.partial(
-                compute, layer, layer._compute_attention
-            )
-            stack.callback(vars(layer).pop, "_compute_attention")
+    with (
+        kept_losses(model),
+        replaced_methods(layers.values(), "_compute_attention", compute),
+    ):
         inputs = keras.tree.map_structure(tf.convert_to_tensor, data)
         model(inputs, training=False)
     return [

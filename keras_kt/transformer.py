@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from keras_kt import linear_attention
-from keras_kt.attention import KernelizedAttention
+from keras_kt.attention import KernelizedAttention, mask_of
 
 # Whatever the layer takes, a block takes.
 _OPTIONS = (
@@ -268,7 +268,7 @@ class KernelizedTransformerEncoder(_Block):
     def call(
         self, inputs, padding_mask=None, attention_mask=None, training=None
     ):
-        mask = _mask_of(inputs, padding_mask)
+        mask = mask_of(inputs, padding_mask)
 
         def attend(x):
             if self._local_context is not None:
@@ -351,7 +351,7 @@ class KernelizedTransformerDecoder(_Block):
         encoder_padding_mask=None,
         training=None,
     ):
-        mask = _mask_of(decoder_sequence, decoder_padding_mask)
+        mask = mask_of(decoder_sequence, decoder_padding_mask)
 
         def attend(x):
             if self._local_context is not None:
@@ -381,7 +381,7 @@ class KernelizedTransformerDecoder(_Block):
             )
         if sequence is None:
             return x
-        padding_mask = _mask_of(sequence, padding_mask)
+        padding_mask = mask_of(sequence, padding_mask)
         return self._residual(
             x,
             self._norms[1],
@@ -505,9 +505,3 @@ class _LocalContext(keras.layers.Layer):
 def _fresh(initializer):
     """A copy, since one that was used gives the same values again."""
     return keras.initializers.get(keras.initializers.serialize(initializer))
-
-
-def _mask_of(x, padding_mask):
-    if padding_mask is not None:
-        return padding_mask
-    return getattr(x, "_keras_mask", None)
