@@ -9,6 +9,7 @@ estimate of softmax's, exp(q·k), by the features of the layer's spectral prior:
 import contextlib
 import functools
 import inspect
+import warnings
 from typing import NamedTuple
 
 import keras
@@ -421,7 +422,12 @@ def _traced_calls(model, layers):
     spec = keras.tree.map_structure(
         lambda x: tf.TensorSpec(x.shape, x.dtype), inputs
     )
-    with kept_losses(model), recorded_calls(layers) as calls:
+    with (
+        kept_losses(model),
+        recorded_calls(layers) as calls,
+        # The original says at every call of its own what it has to say.
+        warnings.catch_warnings(action="ignore"),
+    ):
         tf.function(
             lambda x: model(x, training=False), autograph=False
         ).get_concrete_function(spec)

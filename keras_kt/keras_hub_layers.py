@@ -95,8 +95,29 @@ class CachedKernelizedAttention(KernelizedAttention):
             return output, scores, cache
         return output, cache
 
-    def compute_output_spec(self, *args, **kwargs):
-        return keras.layers.Layer.compute_output_spec(self, *args, **kwargs)
+    def compute_output_spec(
+        self,
+        query,
+        value,
+        key=None,
+        attention_mask=None,
+        cache=None,
+        cache_update_index=None,
+        return_attention_scores=False,
+        training=None,
+    ):
+        output, scores = super().compute_output_spec(
+            query, value, key, return_attention_scores=True
+        )
+        results = [output]
+        if return_attention_scores:
+            if cache is not None:
+                shape = (*scores.shape[:-1], cache.shape[2])
+                scores = keras.KerasTensor(shape, dtype=scores.dtype)
+            results.append(scores)
+        if cache is not None:
+            results.append(keras.KerasTensor(cache.shape, dtype=cache.dtype))
+        return output if len(results) == 1 else tuple(results)
 
 
 def is_cached(layer) -> bool:
