@@ -6,6 +6,7 @@ Projections, masks and the redraw policy live here; what is computed lives in
 batch or the length.
 """
 
+import functools
 import math
 import string
 import warnings
@@ -15,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_kt import (
+    _checks,
     distance,
     feature_maps,
     linear_attention,
@@ -27,6 +29,38 @@ IMPLEMENTATIONS = ("auto", "linear", "quadratic")
 SHORT_LENGTH = 32
 REDRAWS = ("never", "step")
 DECAYS = (None, "constant", "gated")
+QK_NORMS = (None, "l2")
+_COUNT = functools.partial(_checks.integer, optional=True)
+# Which check the value of an argument has to pass, to leave as plain Python.
+_ARGUMENTS = {
+    "num_heads": _checks.integer,
+    "key_dim": _checks.integer,
+    "value_dim": _COUNT,
+    "dropout": functools.partial(_checks.number, below=1.0),
+    "use_bias": _checks.boolean,
+    "sliding_window": _COUNT,
+    "use_gate": _checks.boolean,
+    "seed": functools.partial(_checks.integer, minimum=None, optional=True),
+    "num_features": _COUNT,
+    "qk_norm": functools.partial(_checks.choice, choices=QK_NORMS),
+    "redraw": functools.partial(_checks.choice, choices=REDRAWS),
+    "implementation": functools.partial(
+        _checks.choice, choices=IMPLEMENTATIONS
+    ),
+    "decay": functools.partial(_checks.choice, choices=DECAYS),
+    "near_field": _COUNT,
+}
+
+
+def plain_arguments(**arguments) -> dict:
+    """Checked arguments of `KernelizedAttention`, as plain Python values.
+
+    Those of instances and names that are looked up are left as they are.
+    """
+    return {
+        name: _ARGUMENTS[name](name, value) if name in _ARGUMENTS else value
+        for name, value in arguments.items()
+    }
 
 
 @keras.saving.register_keras_serializable(package="keras_kt")
@@ -160,29 +194,22 @@ class KernelizedAttention(keras.layers.Layer):
         near_field=None,
         **kwargs,
     ):
-        _check_positive("num_heads", num_heads)
-        _check_positive("key_dim", key_dim)
-        _check_positive("value_dim", value_dim, optional=True)
-        _check_positive("num_features", num_features, optional=True)
-        _check_positive("near_field", near_field, optional=True)
-        if sliding_window is not None and (
-            not isinstance(sliding_window, int) or sliding_window <= 0
-        ):
-            raise ValueError(
-                "`sliding_window` must be `None` or a positive integer. "
-                f"Received: sliding_window={sliding_window}"
-            )
-        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-            raise ValueError(
-                "`dropout` must be a number in [0, 1). "
-                f"Received: dropout={dropout}"
-            )
-        spectral_priors.check_choice("qk_norm", qk_norm, (None, "l2"))
-        spectral_priors.check_choice("redraw", redraw, REDRAWS)
-        spectral_priors.check_choice(
-            "implementation", implementation, IMPLEMENTATIONS
+        plain = plain_arguments(
+            num_heads=num_heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            dropout=dropout,
+            use_bias=use_bias,
+            sliding_window=sliding_window,
+            use_gate=use_gate,
+            seed=seed,
+            num_features=num_features,
+            qk_norm=qk_norm,
+            redraw=redraw,
+            implementation=implementation,
+            decay=decay,
+            near_field=near_field,
         )
-        spectral_priors.check_choice("decay", decay, DECAYS)
         if flash_attention:
             warnings.warn(
                 "`flash_attention` has no effect on KernelizedAttention, whose "
@@ -191,17 +218,16 @@ class KernelizedAttention(keras.layers.Layer):
             )
         super().__init__(**kwargs)
         self.supports_masking = True
-        self.num_heads = num_heads
-        self.key_dim = key_dim
-        self.value_dim = value_dim or key_dim
-        self.dropout = dropout
-        self.use_bias = use_bias
+        for name, value in plain.items():
+            setattr(self, name, value)
+        self.value_dim = self.value_dim or self.key_dim
         # Not a public attribute: Functional models have one of that name.
         self._output_shape = _as_shape(output_shape)
-        self._attention_axes = _as_axes(attention_axes)
-        self.sliding_window = sliding_window
+        # As given: what "all axes" and negative ones are, the rank decides.
+        self._given_axes = _as_axes(attention_axes)
+        self._attention_axes = self._given_axes
         # Under MultiHeadAttention's private name too, which its tests read.
-        self._sliding_window = sliding_window
+        self._sliding_window = self.sliding_window
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
@@ -211,17 +237,9 @@ class KernelizedAttention(keras.layers.Layer):
         )
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
-        self.use_gate = use_gate
-        self.seed = seed
         self._recipes = _Recipes(
             spectral_priors.get(spectral_prior), feature_maps.get(feature_map)
         )
-        self.num_features = num_features
-        self.qk_norm = qk_norm
-        self.redraw = redraw
-        self.implementation = implementation
-        self.decay = decay
-        self.near_field = near_field
         self._check_near_field()
         self._resolve_num_features()
         self._warned_of_dense_mask = False
@@ -289,11 +307,7 @@ class KernelizedAttention(keras.layers.Layer):
                 f"query_shape={tuple(query_shape)} and "
                 f"value_shape={tuple(value_shape)}"
             )
-        if self._attention_axes is None:
-            self._attention_axes = tuple(range(1, rank - 1))
-        self._attention_axes = tuple(
-            axis if axis >= 0 else rank + axis for axis in self._attention_axes
-        )
+        self._attention_axes = _resolve_axes(self._given_axes, rank)
         heads_in = (self.num_heads, self.key_dim)
         heads_out = (self.num_heads, self.value_dim)
         self._query_dense = self._project("query", query_shape, heads_in)
@@ -801,8 +815,7 @@ class KernelizedAttention(keras.layers.Layer):
         if not return_attention_scores:
             return output
         rank = len(query.shape)
-        axes = self._attention_axes or tuple(range(1, rank - 1))
-        axes = tuple(axis % rank for axis in axes)
+        axes = _resolve_axes(self._given_axes, rank)
         free = [axis for axis in range(rank - 1) if axis not in axes]
         scores = (
             *(query.shape[axis] for axis in free),
@@ -811,6 +824,24 @@ class KernelizedAttention(keras.layers.Layer):
             *(value.shape[axis] for axis in axes),
         )
         return output, keras.KerasTensor(scores, dtype=self.compute_dtype)
+
+    def load_own_variables(self, store):
+        """Tells weights of MultiHeadAttention, which lack the kernel's."""
+        super().load_own_variables(store)
+        path = getattr(store, "_h5_entry_path", None)
+        if not (self.built and path and hasattr(store, "has_path")):
+            return
+        # Keras files a sublayer under the first attribute that has it.
+        names = ("spectral_prior", "_spectral_prior")
+        if not any(store.has_path(f"{path}/{name}") for name in names):
+            has = "another layer" if store.has_path(path) else "nothing"
+            raise ValueError(
+                f"The file must hold the weights of a {type(self).__name__}, "
+                f"its kernel's among them, at {path!r}. Received: a file with "
+                f"{has} there. If it was saved from a model with "
+                "MultiHeadAttention, load it into that model and convert it: "
+                "`model, report = keras_kt.convert_attention(model)`."
+            )
 
     def get_config(self):
         serialize = keras.saving.serialize_keras_object
@@ -822,7 +853,7 @@ class KernelizedAttention(keras.layers.Layer):
             "dropout": self.dropout,
             "use_bias": self.use_bias,
             "output_shape": self._output_shape,
-            "attention_axes": self._attention_axes,
+            "attention_axes": self._given_axes,
             "sliding_window": self.sliding_window,
             "kernel_initializer": serialize(self.kernel_initializer),
             "bias_initializer": serialize(self.bias_initializer),
@@ -1095,41 +1126,48 @@ def without_mask(x):
 
 
 def _as_shape(output_shape):
-    if not output_shape:
+    if output_shape is None:
         return None
-    if isinstance(output_shape, int):
-        return (output_shape,)
+    if np.ndim(output_shape) == 0:
+        output_shape = [output_shape]
     try:
-        return tuple(output_shape)
-    except TypeError:
+        return _checks.integers("output_shape", output_shape) or None
+    except ValueError as error:
         raise ValueError(
             f"Invalid `output_shape`: {output_shape}. When specified, the "
             "`output_shape` should be of type tuple, list, or int."
-        ) from None
+        ) from error
 
 
 def _as_axes(attention_axes):
-    if isinstance(attention_axes, int):
-        return (attention_axes,)
     if attention_axes is None:
         return None
-    if not isinstance(attention_axes, (list, tuple)):
+    if np.ndim(attention_axes) == 0:
+        attention_axes = [attention_axes]
+    try:
+        return _checks.integers("attention_axes", attention_axes, minimum=None)
+    except ValueError as error:
         raise ValueError(
             "`attention_axes` must be an int, list, or tuple. "
             f"Received: attention_axes={attention_axes}"
-        )
-    return tuple(attention_axes)
+        ) from error
 
 
-def _check_positive(name, value, optional=False):
-    if optional and value is None:
-        return
-    if not isinstance(value, int) or value <= 0:
-        expected = "a positive integer" + (" or `None`" if optional else "")
+def _resolve_axes(attention_axes, rank):
+    """The attended axes of inputs of a rank, each a different position."""
+    valid = tuple(range(1, rank - 1))
+    axes = valid if attention_axes is None else attention_axes
+    resolved = tuple(axis + rank if axis < 0 else axis for axis in axes)
+    repeats = len(set(resolved)) < len(resolved)
+    if not resolved or repeats or not set(resolved) <= set(valid):
+        negative = tuple(axis - rank for axis in valid)
         raise ValueError(
-            f"Received an invalid value for argument `{name}`, expected "
-            f"{expected}. Received: {name}={value}"
+            "`attention_axes` must name different axes between those of the "
+            f"batch and of the features: for inputs of rank {rank}, any of "
+            f"{valid}, or {negative} from the end. Received: attention_axes="
+            f"{attention_axes}. Leave it out to attend over all of them."
         )
+    return resolved
 
 
 def _check_one_axis(name, value, axes):
