@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kt import kernels, linear_attention, spectral_priors
+from keras_kt import _checks, kernels, linear_attention, spectral_priors
 from keras_kt.attention import KernelizedAttention
 from keras_kt.conversion import (
     attention_layers,
@@ -335,6 +335,7 @@ def _attend_softmax(sink, layer, query, key, value, visible):
 
 def capture(model, data, batches, teacher=None):
     """What converted layers attend to; a list of `Captured`."""
+    batches = _checks.integer("batches", batches)
     found = kernelized_layers(model)
     pairs = None if teacher is None else pairs_of_layers(model, teacher)
     items = []

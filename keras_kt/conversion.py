@@ -15,7 +15,12 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_kt import feature_maps, keras_hub_layers, spectral_priors
+from keras_kt import (
+    _checks,
+    feature_maps,
+    keras_hub_layers,
+    spectral_priors,
+)
 from keras_kt.attention import KernelizedAttention
 
 ON_UNSUPPORTED = ("skip", "quadratic", "error")
@@ -150,9 +155,11 @@ def convert_attention(
     >>> print(report)
     attention: linear, 8 features
     """
-    spectral_priors.check_choice(
+    on_unsupported = _checks.choice(
         "on_unsupported", on_unsupported, ON_UNSUPPORTED
     )
+    dropout = _checks.number("dropout", dropout, below=1.0, optional=True)
+    seed = _checks.integer("seed", seed, minimum=None)
     _check_model(model)
     found = attention_layers(model)
     chosen = _choose(found, layers)
@@ -346,7 +353,8 @@ def _choose(found, layers):
 
 def _feature_counts(num_features, chosen):
     if not isinstance(num_features, dict):
-        return dict.fromkeys(chosen, num_features)
+        count = _checks.integer("num_features", num_features, optional=True)
+        return dict.fromkeys(chosen, count)
     unknown = sorted(set(num_features) - set(chosen))
     if unknown:
         raise ValueError(
