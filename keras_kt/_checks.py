@@ -96,6 +96,14 @@ def floats(name, value):
     return tuple(float(x) for x in np.ravel(array))
 
 
+def keywords(arguments):
+    """What goes on to a Keras layer (name, trainable, …), as plain values."""
+    return {
+        name: str(value) if isinstance(value, str) else _plain(value)
+        for name, value in arguments.items()
+    }
+
+
 def _items(name, value):
     if hasattr(value, "numpy"):
         value = value.numpy()

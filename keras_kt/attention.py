@@ -216,7 +216,7 @@ class KernelizedAttention(keras.layers.Layer):
                 "memory is linear in length without it.",
                 stacklevel=2,
             )
-        super().__init__(**kwargs)
+        super().__init__(**_checks.keywords(kwargs))
         self.supports_masking = True
         for name, value in plain.items():
             setattr(self, name, value)

@@ -537,7 +537,7 @@ def _is_graph(layer, plans):
 
 def _from_config(layer):
     try:
-        return type(layer).from_config(layer.get_config())
+        new = type(layer).from_config(layer.get_config())
     except (NotImplementedError, TypeError) as error:
         raise ValueError(
             f"{type(layer).__name__} must be made again from its "
@@ -547,6 +547,18 @@ def _from_config(layer):
             "argument of `__init__`, and let `__init__` pass others (name, "
             "trainable, dtype) on to `super().__init__`."
         ) from error
+    if isinstance(layer, keras.Layer):
+        own = {id(child) for child in _children(layer)}
+        shared = [x.name for x in _children(new) if id(x) in own]
+        if shared:
+            raise ValueError(
+                "`get_config` must describe layers and not hold them, else the "
+                "copy would share, and change, those of the original. "
+                f"Received: {layer.name!r}, whose copy has its {shared}. Use "
+                "`keras.saving.serialize_keras_object` in `get_config`, and "
+                "its inverse in `from_config`."
+            )
+    return new
 
 
 def _match(original, copy, plans, seen):

@@ -68,7 +68,7 @@ class _Block(keras.layers.Layer):
         self.attention_options = plain_arguments(
             **{name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         )
-        super().__init__(**kwargs)
+        super().__init__(**_checks.keywords(kwargs))
         self.supports_masking = True
         self.intermediate_dim = _checks.integer(
             "intermediate_dim", intermediate_dim

@@ -394,6 +394,33 @@ def test_conversion_and_its_tools_leave_models_as_they_were():
         assert state_of(converted) == attributes
 
 
+class Live(keras.layers.Layer):
+    """A block whose configuration holds its own layer."""
+
+    def __init__(self, inner, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = inner
+
+    def build(self, shape):
+        self.inner.build(shape, shape)
+
+    def call(self, x):
+        return self.inner(x, x)
+
+    def get_config(self):
+        return {**super().get_config(), "inner": self.inner}
+
+
+def test_layers_of_the_original_are_not_shared_with_its_copy():
+    x = keras.Input((LENGTH, WIDTH))
+    model = keras.Model(x, Live(softmax())(x))
+    model(array(2, LENGTH, WIDTH))
+    before = state_of(model)
+    with pytest.raises(ValueError, match="must describe layers"):
+        keras_kt.convert_attention(model)
+    assert state_of(model) == before
+
+
 def test_hooks_nest():
     """The inner one removed the outer one's replacement with its own."""
     model, _ = keras_kt.convert_attention(regularised())

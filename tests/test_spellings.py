@@ -58,6 +58,8 @@ OPTIONS = {
     "decay": "constant",
     "near_field": 3,
 }
+# Arguments of every Keras layer.
+KERAS = {"name": "given", "trainable": False, "dtype": "float32"}
 INITIALIZERS = {"kernel_initializer": "he_normal", "bias_initializer": "ones"}
 ATTENTION = {
     "num_heads": 3,
@@ -76,6 +78,7 @@ ATTENTION = {
     "use_gate": True,
     **INITIALIZERS,
     **OPTIONS,
+    **KERAS,
 }
 BLOCK = {
     "intermediate_dim": 5,
@@ -88,6 +91,7 @@ BLOCK = {
     "local_context": 3,
     **INITIALIZERS,
     **OPTIONS,
+    **KERAS,
 }
 # A class: a function from its arguments to the layer under test, how that is
 # called, and a value for each argument.
@@ -102,6 +106,8 @@ LOOKED_UP = {
     "activation",
     "spectral_prior",
     "feature_map",
+    "name",
+    "dtype",
     *(name for name in ATTENTION if name.split("_")[-1].endswith("izer")),
     *(name for name in ATTENTION if name.endswith("_constraint")),
 }
@@ -171,7 +177,7 @@ def test_what_is_no_number_is_refused_in_every_spelling(kind):
         if name in LOOKED_UP or isinstance(value, (str, tuple)):
             continue
         for bad in ("x", np.array([1, 2]), tf.constant([1, 2]), object()):
-            if name == "flash_attention":
+            if name in ("flash_attention", "trainable"):
                 continue
             with pytest.raises(ValueError, match=f"`{name}`"):
                 make(**{name: bad})
