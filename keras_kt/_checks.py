@@ -14,6 +14,8 @@ import numpy as np
 def choice(name, value, choices):
     """`value`, one of `choices`."""
     value = str(value) if isinstance(value, str) else _plain(value)
+    # What a string tensor holds.
+    value = value.decode() if isinstance(value, bytes) else value
     # Not `in`, which compares arrays element by element.
     if not any(type(value) is type(c) and value == c for c in choices):
         raise ValueError(
@@ -52,8 +54,12 @@ def integer(name, value, *, minimum=1, optional=False):
     return plain
 
 
-def number(name, value, *, minimum=0.0, below=math.inf, is_open=False):
+def number(
+    name, value, *, minimum=0.0, below=math.inf, is_open=False, optional=False
+):
     """A `float` in [minimum, below), or in (minimum, below) if `is_open`."""
+    if optional and value is None:
+        return None
     plain = _plain(value)
     is_number = isinstance(plain, numbers.Real) and not isinstance(plain, bool)
     if (
@@ -63,7 +69,8 @@ def number(name, value, *, minimum=0.0, below=math.inf, is_open=False):
     ):
         bounds = f"{'(' if is_open else '['}{minimum:g}, {below:g})"
         raise ValueError(
-            f"`{name}` must be a number in {bounds}. Received: {name}={value!r}"
+            f"`{name}` must be a number in {bounds}"
+            f"{' or `None`' if optional else ''}. Received: {name}={value!r}"
         )
     return float(plain)
 
@@ -87,6 +94,14 @@ def floats(name, value):
             f"{name}={value!r}"
         )
     return tuple(float(x) for x in np.ravel(array))
+
+
+def keywords(arguments):
+    """What goes on to a Keras layer (name, trainable, …), as plain values."""
+    return {
+        name: str(value) if isinstance(value, str) else _plain(value)
+        for name, value in arguments.items()
+    }
 
 
 def _items(name, value):

@@ -4,6 +4,8 @@ import inspect
 
 import keras
 
+from keras_kt import _checks
+
 
 class Recipe(keras.layers.Layer):
     """A float32 layer that can be copied before it is built.
@@ -22,7 +24,7 @@ class Recipe(keras.layers.Layer):
         return recipe
 
     def __init__(self, **kwargs):
-        super().__init__(**{**kwargs, "dtype": "float32"})
+        super().__init__(**{**_checks.keywords(kwargs), "dtype": "float32"})
 
     def copy(self, **changes):
         """An unbuilt recipe like this one, but for some arguments.

@@ -6,6 +6,7 @@ Projections, masks and the redraw policy live here; what is computed lives in
 batch or the length.
 """
 
+import functools
 import math
 import string
 import warnings
@@ -28,6 +29,38 @@ IMPLEMENTATIONS = ("auto", "linear", "quadratic")
 SHORT_LENGTH = 32
 REDRAWS = ("never", "step")
 DECAYS = (None, "constant", "gated")
+QK_NORMS = (None, "l2")
+_COUNT = functools.partial(_checks.integer, optional=True)
+# Which check the value of an argument has to pass, to leave as plain Python.
+_ARGUMENTS = {
+    "num_heads": _checks.integer,
+    "key_dim": _checks.integer,
+    "value_dim": _COUNT,
+    "dropout": functools.partial(_checks.number, below=1.0),
+    "use_bias": _checks.boolean,
+    "sliding_window": _COUNT,
+    "use_gate": _checks.boolean,
+    "seed": functools.partial(_checks.integer, minimum=None, optional=True),
+    "num_features": _COUNT,
+    "qk_norm": functools.partial(_checks.choice, choices=QK_NORMS),
+    "redraw": functools.partial(_checks.choice, choices=REDRAWS),
+    "implementation": functools.partial(
+        _checks.choice, choices=IMPLEMENTATIONS
+    ),
+    "decay": functools.partial(_checks.choice, choices=DECAYS),
+    "near_field": _COUNT,
+}
+
+
+def plain_arguments(**arguments) -> dict:
+    """Checked arguments of `KernelizedAttention`, as plain Python values.
+
+    Those of instances and names that are looked up are left as they are.
+    """
+    return {
+        name: _ARGUMENTS[name](name, value) if name in _ARGUMENTS else value
+        for name, value in arguments.items()
+    }
 
 
 @keras.saving.register_keras_serializable(package="keras_kt")
@@ -161,46 +194,40 @@ class KernelizedAttention(keras.layers.Layer):
         near_field=None,
         **kwargs,
     ):
-        _check_positive("num_heads", num_heads)
-        _check_positive("key_dim", key_dim)
-        _check_positive("value_dim", value_dim, optional=True)
-        _check_positive("num_features", num_features, optional=True)
-        _check_positive("near_field", near_field, optional=True)
-        if sliding_window is not None and (
-            not isinstance(sliding_window, int) or sliding_window <= 0
-        ):
-            raise ValueError(
-                "`sliding_window` must be `None` or a positive integer. "
-                f"Received: sliding_window={sliding_window}"
-            )
-        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-            raise ValueError(
-                "`dropout` must be a number in [0, 1). "
-                f"Received: dropout={dropout}"
-            )
-        _checks.choice("qk_norm", qk_norm, (None, "l2"))
-        _checks.choice("redraw", redraw, REDRAWS)
-        _checks.choice("implementation", implementation, IMPLEMENTATIONS)
-        _checks.choice("decay", decay, DECAYS)
+        plain = plain_arguments(
+            num_heads=num_heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            dropout=dropout,
+            use_bias=use_bias,
+            sliding_window=sliding_window,
+            use_gate=use_gate,
+            seed=seed,
+            num_features=num_features,
+            qk_norm=qk_norm,
+            redraw=redraw,
+            implementation=implementation,
+            decay=decay,
+            near_field=near_field,
+        )
         if flash_attention:
             warnings.warn(
                 "`flash_attention` has no effect on KernelizedAttention, whose "
                 "memory is linear in length without it.",
                 stacklevel=2,
             )
-        super().__init__(**kwargs)
+        super().__init__(**_checks.keywords(kwargs))
         self.supports_masking = True
-        self.num_heads = num_heads
-        self.key_dim = key_dim
-        self.value_dim = value_dim or key_dim
-        self.dropout = dropout
-        self.use_bias = use_bias
+        for name, value in plain.items():
+            setattr(self, name, value)
+        self.value_dim = self.value_dim or self.key_dim
         # Not a public attribute: Functional models have one of that name.
         self._output_shape = _as_shape(output_shape)
-        self._attention_axes = _as_axes(attention_axes)
-        self.sliding_window = sliding_window
+        # As given: what "all axes" and negative ones are, the rank decides.
+        self._given_axes = _as_axes(attention_axes)
+        self._attention_axes = self._given_axes
         # Under MultiHeadAttention's private name too, which its tests read.
-        self._sliding_window = sliding_window
+        self._sliding_window = self.sliding_window
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
@@ -210,17 +237,9 @@ class KernelizedAttention(keras.layers.Layer):
         )
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
-        self.use_gate = use_gate
-        self.seed = seed
         self._recipes = _Recipes(
             priors.get(spectral_prior), feature_maps.get(feature_map)
         )
-        self.num_features = num_features
-        self.qk_norm = qk_norm
-        self.redraw = redraw
-        self.implementation = implementation
-        self.decay = decay
-        self.near_field = near_field
         self._check_near_field()
         self._resolve_num_features()
         self._warned_of_dense_mask = False
@@ -299,11 +318,7 @@ class KernelizedAttention(keras.layers.Layer):
                 f"query_shape={tuple(query_shape)} and "
                 f"value_shape={tuple(value_shape)}"
             )
-        if self._attention_axes is None:
-            self._attention_axes = tuple(range(1, rank - 1))
-        self._attention_axes = tuple(
-            axis if axis >= 0 else rank + axis for axis in self._attention_axes
-        )
+        self._attention_axes = _resolve_axes(self._given_axes, rank)
         heads_in = (self.num_heads, self.key_dim)
         heads_out = (self.num_heads, self.value_dim)
         self._query_dense = self._project("query", query_shape, heads_in)
@@ -390,10 +405,12 @@ class KernelizedAttention(keras.layers.Layer):
         training=None,
         use_causal_mask=False,
     ):
+        # Keras passes these on only where it calls, not to `layer.call`.
+        query_mask = mask_of(query, query_mask)
+        value_mask = mask_of(value, value_mask)
+        key_mask = key_mask if key is None else mask_of(key, key_mask)
         key = value if key is None else key
         _check_tensors(query, value, key)
-        if query_mask is None:
-            query_mask = getattr(query, "_keras_mask", None)
         query_mask = self._check_mask("query_mask", query_mask, query)
         value_mask = self._check_mask("value_mask", value_mask, value)
         key_mask = self._check_mask("key_mask", key_mask, key)
@@ -401,9 +418,6 @@ class KernelizedAttention(keras.layers.Layer):
         shared_mask = _vector_mask(attention_mask, query)
         if shared_mask is not None:
             key_mask, attention_mask = _both(key_mask, shared_mask), None
-        # Handled here: the projections would only warn that they lose them.
-        for tensor in (query, value, key):
-            _set_keras_mask(tensor, None)
         output, scores = self._attend(
             query,
             value,
@@ -416,7 +430,7 @@ class KernelizedAttention(keras.layers.Layer):
             use_causal_mask=use_causal_mask,
         )
         if query_mask is not None:
-            _set_keras_mask(output, query_mask)
+            output._keras_mask = query_mask
         if return_attention_scores:
             return output, scores
         return output
@@ -449,6 +463,8 @@ class KernelizedAttention(keras.layers.Layer):
         return mask
 
     def _attend(self, query, value, key, *, query_mask, key_mask, **kwargs):
+        # What is selected has no Keras mask, of whose loss the projections
+        # would warn; the caller's tensors keep theirs.
         if query_mask is not None:
             query = _select_rows(query, query_mask)
         if key_mask is not None:
@@ -810,8 +826,7 @@ class KernelizedAttention(keras.layers.Layer):
         if not return_attention_scores:
             return output
         rank = len(query.shape)
-        axes = self._attention_axes or tuple(range(1, rank - 1))
-        axes = tuple(axis % rank for axis in axes)
+        axes = _resolve_axes(self._given_axes, rank)
         free = [axis for axis in range(rank - 1) if axis not in axes]
         scores = (
             *(query.shape[axis] for axis in free),
@@ -820,6 +835,24 @@ class KernelizedAttention(keras.layers.Layer):
             *(value.shape[axis] for axis in axes),
         )
         return output, keras.KerasTensor(scores, dtype=self.compute_dtype)
+
+    def load_own_variables(self, store):
+        """Tells weights of MultiHeadAttention, which lack the kernel's."""
+        super().load_own_variables(store)
+        path = getattr(store, "_h5_entry_path", None)
+        if not (self.built and path and hasattr(store, "has_path")):
+            return
+        # Keras files a sublayer under the first attribute that has it.
+        names = ("spectral_prior", "_spectral_prior")
+        if not any(store.has_path(f"{path}/{name}") for name in names):
+            has = "another layer" if store.has_path(path) else "nothing"
+            raise ValueError(
+                f"The file must hold the weights of a {type(self).__name__}, "
+                f"its kernel's among them, at {path!r}. Received: a file with "
+                f"{has} there. If it was saved from a model with "
+                "MultiHeadAttention, load it into that model and convert it: "
+                "`model, report = keras_kt.convert_attention(model)`."
+            )
 
     def get_config(self):
         serialize = keras.saving.serialize_keras_object
@@ -831,7 +864,7 @@ class KernelizedAttention(keras.layers.Layer):
             "dropout": self.dropout,
             "use_bias": self.use_bias,
             "output_shape": self._output_shape,
-            "attention_axes": self._attention_axes,
+            "attention_axes": self._given_axes,
             "sliding_window": self.sliding_window,
             "kernel_initializer": serialize(self.kernel_initializer),
             "bias_initializer": serialize(self.bias_initializer),
@@ -1092,49 +1125,59 @@ def _both(mask, other):
     return tf.logical_and(tf.cast(mask, "bool"), tf.cast(other, "bool"))
 
 
-def _set_keras_mask(x, mask):
-    try:
-        x._keras_mask = mask
-    except AttributeError:  # NumPy arrays, which carry none
-        pass
+def mask_of(x, mask=None):
+    """`mask`, or the Keras mask of a tensor if that is `None`."""
+    return getattr(x, "_keras_mask", None) if mask is None else mask
+
+
+def without_mask(x):
+    """A tensor as it is, but for its Keras mask; the argument keeps that."""
+    return x if mask_of(x) is None else tf.identity(x)
 
 
 def _as_shape(output_shape):
-    if not output_shape:
+    if output_shape is None:
         return None
-    if isinstance(output_shape, int):
-        return (output_shape,)
+    if np.ndim(output_shape) == 0:
+        output_shape = [output_shape]
     try:
-        return tuple(output_shape)
-    except TypeError:
+        return _checks.integers("output_shape", output_shape) or None
+    except ValueError as error:
         raise ValueError(
             f"Invalid `output_shape`: {output_shape}. When specified, the "
             "`output_shape` should be of type tuple, list, or int."
-        ) from None
+        ) from error
 
 
 def _as_axes(attention_axes):
-    if isinstance(attention_axes, int):
-        return (attention_axes,)
     if attention_axes is None:
         return None
-    if not isinstance(attention_axes, (list, tuple)):
+    if np.ndim(attention_axes) == 0:
+        attention_axes = [attention_axes]
+    try:
+        return _checks.integers("attention_axes", attention_axes, minimum=None)
+    except ValueError as error:
         raise ValueError(
             "`attention_axes` must be an int, list, or tuple. "
             f"Received: attention_axes={attention_axes}"
-        )
-    return tuple(attention_axes)
+        ) from error
 
 
-def _check_positive(name, value, optional=False):
-    if optional and value is None:
-        return
-    if not isinstance(value, int) or value <= 0:
-        expected = "a positive integer" + (" or `None`" if optional else "")
+def _resolve_axes(attention_axes, rank):
+    """The attended axes of inputs of a rank, each a different position."""
+    valid = tuple(range(1, rank - 1))
+    axes = valid if attention_axes is None else attention_axes
+    resolved = tuple(axis + rank if axis < 0 else axis for axis in axes)
+    repeats = len(set(resolved)) < len(resolved)
+    if not resolved or repeats or not set(resolved) <= set(valid):
+        negative = tuple(axis - rank for axis in valid)
         raise ValueError(
-            f"Received an invalid value for argument `{name}`, expected "
-            f"{expected}. Received: {name}={value}"
+            "`attention_axes` must name different axes between those of the "
+            f"batch and of the features: for inputs of rank {rank}, any of "
+            f"{valid}, or {negative} from the end. Received: attention_axes="
+            f"{attention_axes}. Leave it out to attend over all of them."
         )
+    return resolved
 
 
 def _check_one_axis(name, value, axes):

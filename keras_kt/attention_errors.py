@@ -14,9 +14,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kt import kernels, linear_attention, priors
+from keras_kt import _checks, kernels, linear_attention, priors
 from keras_kt.attention import KernelizedAttention
-from keras_kt.conversion import attention_layers, recorded_calls
+from keras_kt.conversion import (
+    attention_layers,
+    kept_losses,
+    recorded_calls,
+    replaced_methods,
+)
 
 
 class HeadError(NamedTuple):
@@ -234,6 +239,7 @@ def _intercepted(layers, attend):
 
     def compute(
         layer,
+        _,
         query,
         key,
         value,
@@ -264,13 +270,8 @@ def _intercepted(layers, attend):
         heads = attend(layer, q, k, v, visible)
         return tf.cast(heads, query.dtype), None
 
-    try:
-        for layer in layers:
-            layer._compute_attention = functools.partial(compute, layer)
+    with replaced_methods(layers, "_compute_attention", compute):
         yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("_compute_attention", None)
 
 
 def visible_pairs(query, key, attention_mask, is_causal, query_mask, key_mask):
@@ -334,6 +335,7 @@ def _attend_softmax(sink, layer, query, key, value, visible):
 
 def capture(model, data, batches, teacher=None):
     """What converted layers attend to; a list of `Captured`."""
+    batches = _checks.integer("batches", batches)
     found = kernelized_layers(model)
     pairs = None if teacher is None else pairs_of_layers(model, teacher)
     items = []
@@ -343,7 +345,10 @@ def capture(model, data, batches, teacher=None):
             continue
         sink = {}
         attend = functools.partial(_attend_softmax, sink)
-        with _intercepted(list(found.values()), attend):
+        with (
+            kept_losses(model),
+            _intercepted(list(found.values()), attend),
+        ):
             model(inputs, training=False)
         items += [
             Captured(path, layer, *sink[id(layer)])
@@ -369,6 +374,7 @@ def teach(pairs, teacher, inputs):
     originals = [original for _, _, original in pairs]
     sink = {}
     with (
+        kept_losses(teacher),
         recorded_calls(originals) as calls,
         _intercepted(originals, functools.partial(_attend_softmax, sink)),
     ):

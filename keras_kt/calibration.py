@@ -20,8 +20,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kt import _checks, attention_errors, feature_maps, priors
-from keras_kt.conversion import replace_layer
+from keras_kt import (
+    _checks,
+    attention_errors,
+    feature_maps,
+    priors,
+)
+from keras_kt.conversion import kept_losses, replace_layer
 
 TARGETS = ("output", "matrix")
 # Second moments are regularised by this share of their mean eigenvalue.
@@ -92,13 +97,15 @@ def calibrate(model, data, *, budget=None, batches=1, steps=300):
     >>> len(report.before.heads), len(report.after.heads)
     (2, 2)
     """
+    budget = _checks.number("budget", budget, optional=True)
+    steps = _checks.integer("steps", steps, minimum=0)
     captured = attention_errors.capture(model, data, batches)
     if budget is not None:
         least = max(2 * item.layer.key_dim for item in captured)
         if budget < least:
             raise ValueError(
                 "`budget` must be at least one block of features, 2 · key_dim. "
-                f"Received: budget={budget}, and a layer needs {least}."
+                f"Received: budget={budget:g}, and a layer needs {least}."
             )
     before = attention_errors.errors_of(captured)
     notes, moved, unmoved = {}, [], set()
@@ -147,7 +154,7 @@ def distil(
         teacher: the model that was converted.
         data: as in `attention_error`; batches are repeated as needed.
         steps: number of batches to train on.
-        learning_rate: of Adam.
+        learning_rate: of Adam, a number or a schedule.
         target: `"output"` (default): relative squared error of the heads'
             outputs. `"matrix"`: cross-entropy of the attention weights.
         train_projections: whether query and key projections are trained too.
@@ -166,7 +173,12 @@ def distil(
     >>> len(history), list(history[0])
     (3, ['attention'])
     """
-    _checks.choice("target", target, TARGETS)
+    target = _checks.choice("target", target, TARGETS)
+    steps = _checks.integer("steps", steps, minimum=0)
+    train_projections = _checks.boolean("train_projections", train_projections)
+    schedules = keras.optimizers.schedules.LearningRateSchedule
+    if not isinstance(learning_rate, schedules):
+        learning_rate = _checks.number("learning_rate", learning_rate)
     pairs = attention_errors.pairs_of_layers(student, teacher)
     variables = []
     for _, layer, _ in pairs:
@@ -200,7 +212,9 @@ def distil(
 
     history = []
     for inputs in _repeated(data, steps):
-        losses = step(keras.tree.map_structure(tf.convert_to_tensor, inputs))
+        inputs = keras.tree.map_structure(tf.convert_to_tensor, inputs)
+        with kept_losses(student):
+            losses = step(inputs)
         history.append({path: float(loss) for path, loss in losses.items()})
     return history
 

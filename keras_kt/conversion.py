@@ -9,12 +9,18 @@ estimate of softmax's, exp(q·k), by the features of the layer's spectral prior:
 import contextlib
 import functools
 import inspect
+import warnings
 from typing import NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_kt import _checks, feature_maps, keras_hub_layers, priors
+from keras_kt import (
+    _checks,
+    feature_maps,
+    keras_hub_layers,
+    priors,
+)
 from keras_kt.attention import KernelizedAttention
 
 ON_UNSUPPORTED = ("skip", "quadratic", "error")
@@ -149,7 +155,11 @@ def convert_attention(
     >>> print(report)
     attention: linear, 8 features
     """
-    _checks.choice("on_unsupported", on_unsupported, ON_UNSUPPORTED)
+    on_unsupported = _checks.choice(
+        "on_unsupported", on_unsupported, ON_UNSUPPORTED
+    )
+    dropout = _checks.number("dropout", dropout, below=1.0, optional=True)
+    seed = _checks.integer("seed", seed, minimum=None)
     _check_model(model)
     found = attention_layers(model)
     chosen = _choose(found, layers)
@@ -236,13 +246,50 @@ def recorded_calls(layers):
         calls.append((layer, bound.arguments, output))
         return output
 
-    try:
-        for layer in layers:
-            layer.call = functools.partial(record, layer, layer.call)
+    with replaced_methods(layers, "call", record):
         yield calls
-    finally:
+
+
+@contextlib.contextmanager
+def replaced_methods(layers, name, replacement):
+    """Gives layers another method, until the context ends. Contexts nest.
+
+    Args:
+        layers: the layers; they are as before when the context ends.
+        name: of the method.
+        replacement: function of a layer, the method it had, and the method's
+            arguments.
+    """
+    with contextlib.ExitStack() as stack:
         for layer in layers:
-            vars(layer).pop("call", None)
+            method = getattr(layer, name)
+            # A replacement of someone else's is put back, too.
+            before = {name: method} if name in vars(layer) else {}
+            stack.callback(vars(layer).update, before)
+            stack.callback(vars(layer).pop, name)
+            setattr(layer, name, functools.partial(replacement, layer, method))
+        yield
+
+
+@contextlib.contextmanager
+def kept_losses(*models):
+    """Puts the losses of models back: a graph's are dead outside of it.
+
+    Args:
+        models: the models, which are called within the context.
+    """
+    layers = [
+        layer
+        for model in models
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.Layer)
+    ]
+    before = [list(layer._losses) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, losses in zip(layers, before, strict=True):
+            layer._losses[:] = losses
 
 
 def _is_attention(layer):
@@ -306,7 +353,8 @@ def _choose(found, layers):
 
 def _feature_counts(num_features, chosen):
     if not isinstance(num_features, dict):
-        return dict.fromkeys(chosen, num_features)
+        count = _checks.integer("num_features", num_features, optional=True)
+        return dict.fromkeys(chosen, count)
     unknown = sorted(set(num_features) - set(chosen))
     if unknown:
         raise ValueError(
@@ -382,7 +430,12 @@ def _traced_calls(model, layers):
     spec = keras.tree.map_structure(
         lambda x: tf.TensorSpec(x.shape, x.dtype), inputs
     )
-    with recorded_calls(layers) as calls:
+    with (
+        kept_losses(model),
+        recorded_calls(layers) as calls,
+        # The original says at every call of its own what it has to say.
+        warnings.catch_warnings(action="ignore"),
+    ):
         tf.function(
             lambda x: model(x, training=False), autograph=False
         ).get_concrete_function(spec)
@@ -484,7 +537,7 @@ def _is_graph(layer, plans):
 
 def _from_config(layer):
     try:
-        return type(layer).from_config(layer.get_config())
+        new = type(layer).from_config(layer.get_config())
     except (NotImplementedError, TypeError) as error:
         raise ValueError(
             f"{type(layer).__name__} must be made again from its "
@@ -494,6 +547,18 @@ def _from_config(layer):
             "argument of `__init__`, and let `__init__` pass others (name, "
             "trainable, dtype) on to `super().__init__`."
         ) from error
+    if isinstance(layer, keras.Layer):
+        own = {id(child) for child in _children(layer)}
+        shared = [x.name for x in _children(new) if id(x) in own]
+        if shared:
+            raise ValueError(
+                "`get_config` must describe layers and not hold them, else the "
+                "copy would share, and change, those of the original. "
+                f"Received: {layer.name!r}, whose copy has its {shared}. Use "
+                "`keras.saving.serialize_keras_object` in `get_config`, and "
+                "its inverse in `from_config`."
+            )
+    return new
 
 
 def _match(original, copy, plans, seen):

@@ -5,8 +5,6 @@ of a model run it on a batch, look at the queries and keys of each
 `KernelizedAttention` and leave the model as it was. `plots` draws the results.
 """
 
-import contextlib
-import functools
 import inspect
 from typing import NamedTuple
 
@@ -14,8 +12,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kt import attention_errors, kernels
+from keras_kt import _checks, attention_errors, kernels
 from keras_kt.attention import KernelizedAttention
+from keras_kt.conversion import kept_losses, replaced_methods
 from keras_kt.feature_maps import TrigonometricFeatures
 
 # A component with less than this share of an even one has died.
@@ -24,8 +23,8 @@ _DEAD = 0.05
 _CONSTANT = 0.99
 # Kernel estimates whose relative standard deviation is above this are noise.
 _NOISY = 1.0
-# A query's mean kernel is near zero below this share of that with itself.
-_NEAR_ZERO = 0.05
+# A row of weights that sums to less than this was scaled by the guard.
+_WHOLE = 0.99
 
 
 class KernelProfile(NamedTuple):
@@ -73,6 +72,22 @@ class AttentionMap(NamedTuple):
     softmax: np.ndarray | None
 
 
+class RowSums(NamedTuple):
+    """What a layer's attention weights sum to, where that is not always one.
+
+    Signed features can give a query a normaliser near zero or below it, which
+    is then guarded: the row of weights is scaled, and sums to less than one.
+
+    Attributes:
+        guarded: `(heads,)`, the share of rows that sum to less than 0.99, among
+            those that see a key.
+        least: `(heads,)`, the least sum of a row.
+    """
+
+    guarded: np.ndarray
+    least: np.ndarray
+
+
 class Finding(NamedTuple):
     """Something that is wrong with one head.
 
@@ -118,7 +133,9 @@ def kernel_profile(layer, distances=None, *, directions=64, seed=0):
     _check_layer(layer)
     if distances is None:
         distances = np.linspace(0.0, 10.0, 41)
-    distances = np.asarray(distances, "float64")
+    distances = np.array(_checks.floats("distances", distances))
+    directions = _checks.integer("directions", directions)
+    seed = _checks.integer("seed", seed, minimum=0)
     unit = np.random.default_rng(seed).normal(size=(directions, layer.key_dim))
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     omega, weights = spectrum(layer)
@@ -202,8 +219,8 @@ def attention_maps(model, data):
     (1, 2, 5, 5)
     """
     return [
-        AttentionMap(path, weights, _softmax_map(layer, call))
-        for path, layer, call, weights in _recorded(model, data, True)
+        AttentionMap(path, record.weights, _softmax_map(layer, record.call))
+        for path, layer, record in _recorded(model, data, weights=True)
     ]
 
 
@@ -251,12 +268,12 @@ def kernel_errors(model, data):
     (2,)
     """
     errors = {}
-    for path, layer, call, weights in _recorded(model, data, True):
-        exact = _closed_form_map(layer, call)
+    for path, layer, record in _recorded(model, data, weights=True):
+        exact = _closed_form_map(layer, record.call)
         errors[path] = None
         if exact is not None:
             axes = (0, 2, 3)
-            error = np.square(weights - exact).sum(axes)
+            error = np.square(record.weights - exact).sum(axes)
             errors[path] = np.sqrt(error / np.square(exact).sum(axes))
     return errors
 
@@ -307,12 +324,47 @@ def effective_features(model, data):
     (2,)
     """
     counts = {}
-    for path, layer, call, _ in _recorded(model, data):
-        _, features = _features_of(layer, call)
+    for path, layer, record in _recorded(model, data):
+        _, features = _features_of(layer, record.call)
         moment = np.einsum("hnf,hng->hfg", features, features)
         trace = np.trace(moment, axis1=1, axis2=2)
         counts[path] = trace**2 / np.square(moment).sum(axis=(1, 2))
     return counts
+
+
+def row_sums(model, data):
+    """Whether the weights of each query sum to one, for signed features.
+
+    Layers with positive features are left out: theirs always do. Sums are the
+    outputs of the recorded calls for values of one, so they have its masks,
+    causality and route, at the cost of that attention once more: linear in
+    length where the call is.
+
+    Args:
+        model: a model with `KernelizedAttention` layers.
+        data: one batch of its inputs.
+
+    Returns:
+        Dictionary from paths to `RowSums`; empty, without a forward pass, for a
+        model of positive features only.
+
+    Examples:
+
+    >>> x = keras.Input((None, 8))
+    >>> attention = keras_kt.KernelizedAttention(
+    ...     2, 4, feature_map="trigonometric", name="attention")
+    >>> model = keras.Model(x, attention(x, x))
+    >>> batch = np.random.normal(size=(1, 50, 8))
+    >>> keras_kt.diagnostics.row_sums(model, batch)["attention"].least.shape
+    (2,)
+    """
+    if not any(_is_signed(layer) for layer in layers_of(model).values()):
+        return {}
+    return {
+        path: _summarised(layer, record.sums)
+        for path, layer, record in _recorded(model, data, sums=True)
+        if record.sums is not None
+    }
 
 
 def health(model, data=None):
@@ -320,8 +372,8 @@ def health(model, data=None):
 
     Looks for parameters that are not finite, components of a mixture that have
     died and kernels that tell no keys apart; on a batch also for queries and
-    keys too long for the number of features, and for signed normalisers near
-    zero.
+    keys too long for the number of features, and for rows of attention weights
+    that do not sum to one (see `row_sums`).
 
     Args:
         model: a model with `KernelizedAttention` layers, or one such layer.
@@ -350,8 +402,8 @@ def health(model, data=None):
     for path, layer in layers_of(model).items():
         findings += _weights_findings(path, layer)
     if data is not None:
-        for path, layer, call, _ in _recorded(model, data):
-            findings += _data_findings(path, layer, call)
+        for path, layer, record in _recorded(model, data, sums=True):
+            findings += _data_findings(path, layer, record)
     return findings
 
 
@@ -393,27 +445,15 @@ def _weights_findings(path, layer):
             )
 
 
-def _data_findings(path, layer, call):
+def _data_findings(path, layer, record):
+    if record.sums is not None:
+        yield from _sums_findings(path, _summarised(layer, record.sums))
+        return
     queries, keys = (
-        np.moveaxis(_tokens(call, name), 1, 0) for name in ("query", "key")
+        np.moveaxis(_tokens(record.call, name), 1, 0)
+        for name in ("query", "key")
     )
     omega, weights = spectrum(layer)
-    if isinstance(layer.feature_map, TrigonometricFeatures):
-        phi_q, phi_k = _features_of(layer, call)
-        means = np.einsum("hnf,hf->hn", phi_q, phi_k.mean(axis=1))
-        sizes = np.square(phi_q).sum(-1) * np.square(phi_k).sum(-1).mean()
-        ratios = means / np.sqrt(sizes)
-        for head, ratio in enumerate(ratios.min(axis=1)):
-            if ratio < _NEAR_ZERO:
-                yield Finding(
-                    path,
-                    head,
-                    "a normaliser is near zero: the mean kernel of a query is "
-                    f"{ratio:.3f} of that with itself",
-                    "Raise `smoothing` or `num_features`, or use positive "
-                    "features",
-                )
-        return
     if layer.qk_norm:
         scale = np.sqrt(np.reshape(layer._qk_norm.temperature, (-1, 1, 1)))
         queries, keys = (
@@ -437,6 +477,38 @@ def _data_findings(path, layer, call):
                 "keep redraw='never'; raise `num_features`, use qk_norm='l2', "
                 "or, after `convert_attention`, `calibrate`",
             )
+
+
+def _sums_findings(path, sums):
+    for head, (guarded, least) in enumerate(zip(*sums, strict=True)):
+        if guarded > 0.0:
+            yield Finding(
+                path,
+                head,
+                f"{100 * guarded:.2g} % of its rows of attention weights sum "
+                f"to less than one, the least to {least:.2g}: their signed "
+                "normalisers are near zero or negative, and guarded",
+                "Outputs of these queries are scaled down: raise `smoothing` "
+                "or `num_features`, use qk_norm='l2', or positive features",
+            )
+
+
+def _summarised(layer, sums):
+    """`RowSums` of `(…, heads, 1)` sums."""
+    sums = np.reshape(sums, (-1, layer.num_heads)).astype("float64")
+    # A row that sees a key sums to exactly zero with probability zero.
+    guarded, least = np.zeros(layer.num_heads), np.ones(layer.num_heads)
+    for head, rows in enumerate(sums.T):
+        rows = rows[rows != 0.0]
+        if rows.size:
+            # NaN is not above the limit either.
+            guarded[head] = np.mean(~(rows >= _WHOLE))
+            least[head] = rows.min()
+    return RowSums(guarded, least)
+
+
+def _is_signed(layer):
+    return not layer.feature_map.bind(layer.spectral_prior()).positive
 
 
 def _deviation(query, key, omega, weights):
@@ -476,33 +548,48 @@ def _tokens(call, name):
     return x if mask is None else x[np.reshape(mask, -1).astype(bool)]
 
 
-def _recorded(model, data, with_weights=False):
-    """`(path, layer, arguments, weights or None)` of each layer's last call.
+class _Record(NamedTuple):
+    """A layer's last call.
 
-    Arguments are those of `_compute_attention`.
+    Attributes:
+        call: arguments of `_compute_attention` by name.
+        weights: attention weights, or `None` if not asked for.
+        sums: `(…, heads, 1)`, their sums over keys, or `None` if not asked for
+            or always one.
     """
+
+    call: dict
+    weights: np.ndarray | None
+    sums: np.ndarray | None
+
+
+def _recorded(model, data, *, weights=False, sums=False):
+    """`(path, layer, record)` of the layers that a forward pass calls."""
     layers = layers_of(model)
     sink = {}
 
     def compute(layer, attend, *args, **kwargs):
         call = inspect.signature(attend).bind(*args, **kwargs).arguments
-        weights = None
-        if with_weights:
+        record = _Record(call, None, None)
+        if weights:
             asking = {**call, "return_attention_scores": True}
-            weights = attend(**asking)[1].numpy()
-        sink[id(layer)] = call, weights
+            record = record._replace(weights=attend(**asking)[1].numpy())
+        if sums and _is_signed(layer):
+            ones = tf.ones_like(call["value"][..., :1])
+            totals, _ = attend(**{**call, "value": ones})
+            totals = tf.cast(totals, tf.float32).numpy()
+            record = record._replace(sums=totals)
+        sink[id(layer)] = record
         return attend(**call)
 
-    with contextlib.ExitStack() as stack:
-        for layer in layers.values():
-            layer._compute_attention = functools.partial(
-                compute, layer, layer._compute_attention
-            )
-            stack.callback(vars(layer).pop, "_compute_attention")
+    with (
+        kept_losses(model),
+        replaced_methods(layers.values(), "_compute_attention", compute),
+    ):
         inputs = keras.tree.map_structure(tf.convert_to_tensor, data)
         model(inputs, training=False)
     return [
-        (path, layer, *sink[id(layer)])
+        (path, layer, sink[id(layer)])
         for path, layer in layers.items()
         if id(layer) in sink
     ]

@@ -12,7 +12,7 @@ import sys
 import keras
 import tensorflow as tf
 
-from keras_kt.attention import KernelizedAttention
+from keras_kt.attention import KernelizedAttention, mask_of, without_mask
 
 
 @keras.saving.register_keras_serializable(package="keras_kt")
@@ -25,7 +25,8 @@ class CachedKernelizedAttention(KernelizedAttention):
 
     Call arguments:
         query, value, key, return_attention_scores, training: as in
-            `KernelizedAttention`.
+            `KernelizedAttention`. As in KerasHub, Keras masks of keys and
+            values count only where neither a mask nor a cache is given.
         attention_mask: as there; or a tuple of padding masks
             `(batch, 1, key_length)`, none or one, which means causal.
         cache: `(batch, 2, length, heads, key_dim)`, or `None`.
@@ -49,11 +50,16 @@ class CachedKernelizedAttention(KernelizedAttention):
         is_causal = isinstance(attention_mask, tuple)
         if is_causal:
             attention_mask = attention_mask[0] if attention_mask else None
+        query_mask = mask_of(query)
+        if cache is not None or attention_mask is not None:
+            value = without_mask(value)
+            key = None if key is None else without_mask(key)
         if cache is None:
             return super().call(
                 query,
                 value,
                 key=key,
+                query_mask=query_mask,
                 attention_mask=attention_mask,
                 return_attention_scores=return_attention_scores,
                 training=training,
@@ -67,6 +73,7 @@ class CachedKernelizedAttention(KernelizedAttention):
                 f"{self.near_field}. Convert without them, or stream with "
                 "`step`."
             )
+        query = without_mask(query)
         keys, values = cache[:, 0], cache[:, 1]
         if cache_update_index is not None:
             start = [0, cache_update_index, 0, 0]
@@ -88,8 +95,29 @@ class CachedKernelizedAttention(KernelizedAttention):
             return output, scores, cache
         return output, cache
 
-    def compute_output_spec(self, *args, **kwargs):
-        return keras.layers.Layer.compute_output_spec(self, *args, **kwargs)
+    def compute_output_spec(
+        self,
+        query,
+        value,
+        key=None,
+        attention_mask=None,
+        cache=None,
+        cache_update_index=None,
+        return_attention_scores=False,
+        training=None,
+    ):
+        output, scores = super().compute_output_spec(
+            query, value, key, return_attention_scores=True
+        )
+        results = [output]
+        if return_attention_scores:
+            if cache is not None:
+                shape = (*scores.shape[:-1], cache.shape[2])
+                scores = keras.KerasTensor(shape, dtype=scores.dtype)
+            results.append(scores)
+        if cache is not None:
+            results.append(keras.KerasTensor(cache.shape, dtype=cache.dtype))
+        return output if len(results) == 1 else tuple(results)
 
 
 def is_cached(layer) -> bool:

@@ -5,7 +5,7 @@ Each function makes a figure and returns it, without showing or saving it.
 
 import numpy as np
 
-from keras_kt import diagnostics
+from keras_kt import _checks, diagnostics
 
 _STROKES = ("-", "--", ":", "-.")
 
@@ -60,7 +60,7 @@ def plot_spectrum(layer, head=0):
     >>> figure = keras_kt.plots.plot_spectrum(layer, head=1)
     """
     spectrum = diagnostics.spectrum(layer)
-    _check_head(head, len(spectrum.frequencies))
+    head = _index("head", head, len(spectrum.frequencies))
     omega, weights = spectrum.frequencies[head], spectrum.weights[head]
     if omega.shape[1] < 2:
         raise ValueError(
@@ -100,12 +100,8 @@ def plot_attention(attention_map, head=0, example=0):
     >>> figure = keras_kt.plots.plot_attention(maps[0], head=1)
     """
     batch, heads = attention_map.weights.shape[:2]
-    _check_head(head, heads)
-    if not 0 <= example < batch:
-        raise ValueError(
-            f"`example` must be at least 0 and below {batch}, the number of "
-            f"examples. Received: example={example}"
-        )
+    head = _index("head", head, heads)
+    example = _index("example", example, batch)
     pictures = {"kernel": attention_map.weights}
     if attention_map.softmax is not None:
         pictures["softmax"] = attention_map.softmax
@@ -235,12 +231,14 @@ def plot_history(monitor, path=None):
     return figure
 
 
-def _check_head(head, count):
-    if not 0 <= head < count:
+def _index(name, value, count):
+    value = _checks.integer(name, value, minimum=None)
+    if not 0 <= value < count:
         raise ValueError(
-            f"`head` must be at least 0 and below {count}, the number of "
-            f"heads. Received: head={head}"
+            f"`{name}` must be at least 0 and below {count}, the number of "
+            f"{name}s. Received: {name}={value}"
         )
+    return value
 
 
 def _panel(width=5.5):

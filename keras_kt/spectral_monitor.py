@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kt import diagnostics, plots
+from keras_kt import _checks, diagnostics, plots
 
 _LOG = logging.getLogger("keras_kt")
 
@@ -19,14 +19,16 @@ class SpectralMonitor(keras.callbacks.Callback):
     For each `KernelizedAttention`, at the end of an epoch: the norms of its
     frequencies and the kernel's value at some distances, by head; a mixture's
     probabilities; learned temperatures and smoothing; a picture of the kernels,
-    if matplotlib is installed. What `diagnostics.health`
-    finds is logged as a warning, once.
+    if matplotlib is installed; with `data`, what rows of attention weights of
+    trigonometric features sum to. What `diagnostics.health` finds is logged as
+    a warning, once.
 
     Args:
         log_dir: folder of the TensorBoard files.
         every: epochs between two records. Defaults to 1.
-        data: a batch of the model's inputs for `health`, which takes a forward
-            pass then. Defaults to `None`, which looks at weights only.
+        data: a batch of the model's inputs for `health` and `row_sums`, which
+            take a forward pass each then. Defaults to `None`, which looks at
+            weights only.
         distances: |q − k| at which kernels are written.
         pictures: records between two pictures, which take longest. Defaults to
             10, the first record included; 0 for none.
@@ -36,7 +38,8 @@ class SpectralMonitor(keras.callbacks.Callback):
         history: arrays by a layer's path and a quantity's name, in lists, one
             for each recorded epoch: `kernel` of shape `(heads, distances)` and,
             if the layer has them, `probability` of shape `(heads, components)`,
-            `temperature` and `smoothing` of shape `(heads, 1)`.
+            `temperature`, `smoothing`, `guarded_rows` and `least_row_sum` of
+            shape `(heads, 1)`.
             `plots.plot_history` draws them.
 
     Examples:
@@ -61,18 +64,14 @@ class SpectralMonitor(keras.callbacks.Callback):
         pictures=10,
     ):
         super().__init__()
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(
-                "`every` must be a positive number of epochs. Received: "
-                f"every={every!r}"
-            )
         self.log_dir = str(log_dir)
-        self.every = every
+        self.every = _checks.integer("every", every)
         self.data = data
+        pictures = _checks.integer("pictures", pictures, minimum=0)
         if importlib.util.find_spec("matplotlib") is None:
             pictures = 0
         self.pictures = pictures
-        self.distances = tuple(distances)
+        self.distances = _checks.floats("distances", distances)
         self._writer = None
 
     def on_train_begin(self, logs=None):
@@ -88,8 +87,11 @@ class SpectralMonitor(keras.callbacks.Callback):
         has_picture = self.pictures and len(self.epoch) % self.pictures == 0
         self.epoch.append(epoch)
         summary = tf.compat.v1.Summary()
+        sums = {}
+        if self.data is not None:
+            sums = diagnostics.row_sums(self.model, self.data)
         for path, layer in diagnostics.layers_of(self.model).items():
-            values = _values(layer, self.distances)
+            values = _values(layer, self.distances, sums.get(path))
             _add_layer(summary, path, layer, values, self.distances)
             past = self.history.setdefault(path, {name: [] for name in values})
             for name, value in values.items():
@@ -117,7 +119,7 @@ class SpectralMonitor(keras.callbacks.Callback):
         self._writer.close()
 
 
-def _values(layer, distances):
+def _values(layer, distances, sums):
     """Arrays with a row a head, by name: what `history` holds."""
     values = {"kernel": diagnostics.kernel_profile(layer, distances).kernel}
     prior, feature_map = layer.spectral_prior, layer.feature_map
@@ -127,6 +129,8 @@ def _values(layer, distances):
         values["temperature"] = layer._qk_norm.temperature
     if hasattr(feature_map, "smoothing_weights"):
         values["smoothing"] = feature_map.smoothing_weights
+    if sums is not None:
+        values["guarded_rows"], values["least_row_sum"] = sums
     return {
         name: np.reshape(value, (layer.num_heads, -1))
         for name, value in values.items()

@@ -2,6 +2,7 @@
 
 import math
 
+from keras_kt import _checks
 from keras_kt.feature_maps import PositiveFeatures, TrigonometricFeatures
 from keras_kt.priors import FastFoodPrior, GeneratorPrior, NormalPrior
 
@@ -38,11 +39,8 @@ def paper_system(name: str, key_dim: int = 64) -> dict:
     >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
     TensorShape([1, 4, 3])
     """
-    if name not in PAPER_SYSTEMS:
-        raise ValueError(
-            f"`name` must be one of {PAPER_SYSTEMS}. Received: name={name!r}"
-        )
-    return _BUILDERS[name](key_dim)
+    name = _checks.choice("name", name, PAPER_SYSTEMS)
+    return _BUILDERS[name](_checks.integer("key_dim", key_dim))
 
 
 def _gmm_rks(key_dim):

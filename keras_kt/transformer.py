@@ -11,8 +11,12 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_kt import linear_attention
-from keras_kt.attention import KernelizedAttention
+from keras_kt import _checks, linear_attention
+from keras_kt.attention import (
+    KernelizedAttention,
+    mask_of,
+    plain_arguments,
+)
 
 # Whatever the layer takes, a block takes.
 _OPTIONS = (
@@ -61,39 +65,32 @@ class _Block(keras.layers.Layer):
         local_context=None,
         **kwargs,
     ):
-        self.attention_options = {
-            name: kwargs.pop(name) for name in _OPTIONS if name in kwargs
-        }
-        super().__init__(**kwargs)
+        self.attention_options = plain_arguments(
+            **{name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        )
+        super().__init__(**_checks.keywords(kwargs))
         self.supports_masking = True
-        self.intermediate_dim = intermediate_dim
-        self.num_heads = num_heads
-        self.dropout = dropout
+        self.intermediate_dim = _checks.integer(
+            "intermediate_dim", intermediate_dim
+        )
+        self.num_heads = _checks.integer("num_heads", num_heads)
+        self.dropout = _checks.number("dropout", dropout, below=1.0)
         self.activation = keras.activations.get(activation)
-        self.layer_norm_epsilon = layer_norm_epsilon
+        self.layer_norm_epsilon = _checks.number(
+            "layer_norm_epsilon", layer_norm_epsilon
+        )
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.normalize_first = normalize_first
-        self.key_dim = key_dim
-        self.local_context = local_context
-        for name, value in (
-            ("intermediate_dim", intermediate_dim),
-            ("num_heads", num_heads),
-            ("key_dim", 1 if key_dim is None else key_dim),
-            ("local_context", 1 if local_context is None else local_context),
-        ):
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int)
-                or (value < 1)
-            ):
-                raise ValueError(
-                    f"`{name}` must be a positive integer. Received: "
-                    f"{name}={value!r}"
-                )
-        if key_dim is not None:
+        self.normalize_first = _checks.boolean(
+            "normalize_first", normalize_first
+        )
+        self.key_dim = _checks.integer("key_dim", key_dim, optional=True)
+        self.local_context = _checks.integer(
+            "local_context", local_context, optional=True
+        )
+        if self.key_dim is not None:
             # Wrong options are told here, not when the first input comes.
-            self.make_attention(key_dim, "probe")
+            self.make_attention(self.key_dim, "probe")
 
     def make_attention(self, key_dim, name):
         """The attention layer of a block, made when the block is built.
@@ -268,7 +265,7 @@ class KernelizedTransformerEncoder(_Block):
     def call(
         self, inputs, padding_mask=None, attention_mask=None, training=None
     ):
-        mask = _mask_of(inputs, padding_mask)
+        mask = mask_of(inputs, padding_mask)
 
         def attend(x):
             if self._local_context is not None:
@@ -351,7 +348,7 @@ class KernelizedTransformerDecoder(_Block):
         encoder_padding_mask=None,
         training=None,
     ):
-        mask = _mask_of(decoder_sequence, decoder_padding_mask)
+        mask = mask_of(decoder_sequence, decoder_padding_mask)
 
         def attend(x):
             if self._local_context is not None:
@@ -381,7 +378,7 @@ class KernelizedTransformerDecoder(_Block):
             )
         if sequence is None:
             return x
-        padding_mask = _mask_of(sequence, padding_mask)
+        padding_mask = mask_of(sequence, padding_mask)
         return self._residual(
             x,
             self._norms[1],
@@ -505,9 +502,3 @@ class _LocalContext(keras.layers.Layer):
 def _fresh(initializer):
     """A copy, since one that was used gives the same values again."""
     return keras.initializers.get(keras.initializers.serialize(initializer))
-
-
-def _mask_of(x, padding_mask):
-    if padding_mask is not None:
-        return padding_mask
-    return getattr(x, "_keras_mask", None)

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import warnings
 
 import keras
 import numpy as np
@@ -337,6 +338,89 @@ def test_attention_axes_match_folding_by_hand(query, value, axes):
     np.testing.assert_allclose(folded(outputs[0].numpy()), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        *(
+            (QUERY, axes)
+            for axes in (0, (0,), (1, 1), (1, -2), -1, 2, (), 5, -3)
+        ),
+        ((2, 3, 4, 6), (0, 2)),
+        ((2, 3, 4, 6), (1, 3)),
+        ((2, 6), None),
+    ],
+)
+def test_axes_that_are_no_positions_are_refused(shape, axes):
+    """0 meant axis 1, others failed in a transpose or an index."""
+    layer = keras_kt.KernelizedAttention(2, 5, attention_axes=axes)
+    valid = str(tuple(range(1, len(shape) - 1))).replace("(", r"\(")
+    match = (
+        f"`attention_axes` must name.*rank {len(shape)}, any of {valid[:-1]}"
+    )
+    wrong(match, lambda: layer(array(shape), array(shape)))
+    wrong(match, lambda: layer.build(shape, shape))
+    spec = keras.KerasTensor(shape)
+    wrong(
+        match,
+        lambda: layer.compute_output_spec(
+            spec, spec, return_attention_scores=True
+        ),
+    )
+
+
+def test_the_configuration_has_the_axes_as_they_were_given():
+    """A built layer told all axes of its own rank, another's are others."""
+    four = array((2, 3, 4, 6))
+    for axes, resolved in ((None, (1, 2)), (-2, (2,)), ([2, 1], (2, 1))):
+        layer = keras_kt.KernelizedAttention(2, 5, attention_axes=axes)
+        layer(four, four)
+        assert layer.attention_axes == resolved
+        config = layer.get_config()
+        given = axes if axes is None else tuple(np.ravel(axes))
+        assert config["attention_axes"] == given
+    layer = keras_kt.KernelizedAttention(2, 5)
+    layer(four, four)
+    again = keras_kt.KernelizedAttention.from_config(layer.get_config())
+    again(array(QUERY), array(QUERY))
+    assert again.attention_axes == (1,)
+
+
+@pytest.mark.parametrize("kind", ["functional", "subclassed"])
+def test_softmax_weights_in_the_place_of_ours_name_the_conversion(
+    kind, tmp_path
+):
+    """Keras said that the layer received 0 variables."""
+
+    def make(attention):
+        if kind == "functional":
+            x = keras.Input((None, 6))
+            return keras.Model(x, attention(x, x))
+
+        class Model(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.attention = attention
+
+            def call(self, x):
+                return self.attention(x, x)
+
+        model = Model()
+        model(array(QUERY))
+        return model
+
+    path = tmp_path / "model.weights.h5"
+    make(keras.layers.MultiHeadAttention(2, 5)).save_weights(path)
+    ours = make(keras_kt.KernelizedAttention(2, 5))
+    with warnings.catch_warnings():
+        # Keras warns of names in the file, too.
+        warnings.simplefilter("ignore")
+        wrong("convert_attention", lambda: ours.load_weights(path))
+    ours.save_weights(path)
+    again = make(keras_kt.KernelizedAttention(2, 5))
+    again.load_weights(path)
+    np.testing.assert_array_equal(again(array(QUERY)), ours(array(QUERY)))
+
+
 @pytest.mark.parametrize("rank", (2, 3, 4))
 def test_dense_masks_of_every_rank_mean_what_they_mean_in_keras(rank):
     layer = keras_kt.KernelizedAttention(3, 5, implementation="quadratic")
@@ -636,7 +720,7 @@ def test_wrong_arguments_name_what_is_expected():
         )
     wrong("Invalid `output_shape`", lambda: make(2, 4, output_shape=8.0))
     wrong("`attention_axes` must be", lambda: make(2, 4, attention_axes=1.0))
-    wrong("`sliding_window` must be", lambda: make(2, 4, sliding_window=0))
+    wrong("argument `sliding_window`", lambda: make(2, 4, sliding_window=0))
     wrong("`qk_norm` must be one of", lambda: make(2, 4, qk_norm="rms"))
     wrong("`redraw` must be one of", lambda: make(2, 4, redraw="epoch"))
     wrong("`implementation` must be", lambda: make(2, 4, implementation="x"))

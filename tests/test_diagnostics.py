@@ -208,13 +208,79 @@ def test_long_queries_are_found(qk_norm):
     assert diagnostics.health(model, inputs) == []
 
 
-def test_normalisers_near_zero_are_found():
-    model = model_of(
-        feature_map=keras_kt.TrigonometricFeatures(smoothing=1e-3),
-        num_features=256,
+@pytest.mark.parametrize("decay", [None, "constant"])
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_row_sums_are_those_of_the_weights(is_causal, is_masked, decay):
+    """Rows summed to 0.05 at ordinary inputs, and nothing told."""
+    if decay and not is_causal:
+        pytest.skip("decay with trigonometric features is causal")
+    layer = keras_kt.KernelizedAttention(
+        HEADS, 16, feature_map="rks", seed=5, name="attention", decay=decay
     )
-    found = problems(diagnostics.health(model, batch(30.0)))
-    assert found and all("near zero" in problem for problem in found)
+    x = keras.Input((None, WIDTH))
+    y = keras.layers.Masking(mask_value=99.0)(x) if is_masked else x
+    model = keras.Model(x, layer(y, y, use_causal_mask=is_causal))
+    inputs = np.random.default_rng(0).normal(size=(4, 33, WIDTH))
+    # Queries and keys that are not aligned make normalisers small.
+    inputs = 2.0 * inputs.astype("float32")
+    if is_masked:
+        inputs[::2, 20:] = 99.0
+    sums = diagnostics.row_sums(model, inputs)["attention"]
+    (found,) = diagnostics.attention_maps(model, inputs)
+    rows = found.weights.sum(-1)
+    if is_masked:
+        rows[::2, :, 20:] = 1.0
+    count = np.size(rows[:, 0]) - (2 * 13 if is_masked else 0)
+    guarded = (rows < 0.99).sum((0, 2))
+    assert guarded.any()
+    np.testing.assert_allclose(sums.guarded, guarded / count)
+    np.testing.assert_allclose(sums.least, rows.min((0, 2)), atol=1e-4)
+    findings = diagnostics.health(model, inputs)
+    assert [x.head for x in findings] == list(np.flatnonzero(guarded))
+    for finding in findings:
+        share = f"{100 * sums.guarded[finding.head]:.2g} % of its rows"
+        assert share in finding.problem
+        assert f"least to {sums.least[finding.head]:.2g}" in finding.problem
+        assert "`smoothing`" in finding.advice
+
+
+def test_rows_of_positive_features_sum_to_one():
+    model = model_of()
+    assert diagnostics.row_sums(model, batch()) == {}
+
+
+def test_rows_that_see_no_key_do_not_count():
+    model = model_of(feature_map="trigonometric")
+    layer = model.get_layer("attention")
+    x = keras.Input((None, WIDTH))
+    y = keras.layers.Masking(mask_value=99.0)(x)
+    model = keras.Model(x, layer(y, y))
+    (sums,) = diagnostics.row_sums(model, batch() * 0.0 + 99.0).values()
+    np.testing.assert_array_equal(sums, [[0.0] * HEADS, [1.0] * HEADS])
+
+
+def test_monitor_keeps_what_rows_sum_to(tmp_path):
+    model = model_of(feature_map="trigonometric")
+    model.compile("sgd", "mse")
+    x = batch()
+    monitor = keras_kt.SpectralMonitor(tmp_path, data=x, pictures=0)
+    y = np.zeros((2, LENGTH, WIDTH))
+    model.fit(x, y, verbose=0, callbacks=[monitor])
+    past = monitor.history["attention"]
+    sums = diagnostics.row_sums(model, x)["attention"]
+    np.testing.assert_allclose(past["guarded_rows"][-1][:, 0], sums.guarded)
+    np.testing.assert_allclose(past["least_row_sum"][-1][:, 0], sums.least)
+    (file,) = tmp_path.glob("events*")
+    tags = {
+        value.tag
+        for event in tf.compat.v1.train.summary_iterator(str(file))
+        for value in event.summary.value
+    }
+    assert {
+        "attention/head_0/guarded_rows",
+        "attention/head_1/least_row_sum",
+    } <= tags
 
 
 def test_what_is_not_ours_is_refused():
@@ -326,7 +392,7 @@ def test_monitor_writes_and_warns_once(tmp_path, caplog):
 
 
 def test_monitor_refuses():
-    with pytest.raises(ValueError, match="`every` must be a positive"):
+    with pytest.raises(ValueError, match="argument `every`"):
         keras_kt.SpectralMonitor("logs", every=0)
     x = keras.Input((3,))
     model = keras.Model(x, keras.layers.Dense(1)(x))

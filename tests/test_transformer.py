@@ -190,8 +190,8 @@ def test_half_precision_state_stays_float32():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: encoder(key_dim=0), "`key_dim` must be a positive integer"),
-        (lambda: encoder(local_context=0), "`local_context` must be"),
+        (lambda: encoder(key_dim=0), "argument `key_dim`"),
+        (lambda: encoder(local_context=0), "argument `local_context`"),
         (
             lambda: encoder(key_dim=4, spectral_prior="cauchy"),
             "`spectral_prior` must be one of",

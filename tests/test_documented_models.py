@@ -1,0 +1,148 @@
+"""Every documented model that masks its padding does not see it."""
+
+import doctest
+import importlib
+import inspect
+import re
+
+import keras
+import numpy as np
+import pytest
+
+from tests.test_package import GLOBALS, PAGES, ROOT, documented
+from tests.test_text_examples import arguments
+
+EXAMPLES = ROOT / "examples"
+PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The functional models that are made while a test runs."""
+    models = []
+    initialise = keras.Model.__init__
+
+    def remember(self, *args, **kwargs):
+        initialise(self, *args, **kwargs)
+        models.append(self)
+
+    monkeypatch.setattr(keras.Model, "__init__", remember)
+    return models
+
+
+def masks_padding(model):
+    """Whether it is of tokens, some of which are padding by their number."""
+    return (
+        len(model.__dict__.get("_inputs", ())) == 1
+        and len(model.inputs[0].shape) == 2
+        and any(
+            isinstance(layer, keras.layers.Embedding) and layer.mask_zero
+            for layer in model._flatten_layers()
+        )
+    )
+
+
+def louder(model):
+    rng = np.random.default_rng(3)
+    for weight in model.trainable_weights:
+        noise = 0.3 * rng.normal(size=weight.shape)
+        weight.assign(weight + noise.astype("float32"))
+
+
+def assert_padding_is_not_seen(model, longer, count=5, padding=45):
+    """`longer` is the same model, of a length that takes the padding."""
+    tokens = np.arange(1, count + 1)[np.newaxis] % 4 + 1
+    padded = np.pad(tokens, ((0, 0), (0, padding)))
+    for one, other in zip(
+        keras.tree.flatten(model.predict(tokens, verbose=0)),
+        keras.tree.flatten(longer.predict(padded, verbose=0)),
+        strict=True,
+    ):
+        if one.ndim > 2:
+            other = other[:, : one.shape[1]]
+        np.testing.assert_allclose(one, other, rtol=0.0, atol=1e-4)
+
+
+def check(models):
+    masked = [model for model in models if masks_padding(model)]
+    for model in masked:
+        louder(model)
+        assert_padding_is_not_seen(model, model)
+    return len(masked)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_models_of_pages(page, built, tmp_path, monkeypatch):
+    """The first model of README.md lost the mask in a sum before pooling."""
+    blocks = PYTHON.findall(page.read_text())
+    if not any("mask_zero" in block for block in blocks):
+        pytest.skip("no model that masks")
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in blocks:
+        exec(block, namespace)  # noqa: S102
+    assert check(built)
+
+
+@pytest.mark.parametrize("value", list(documented()))
+def test_models_of_docstrings(value, built):
+    text = inspect.getdoc(value) or ""
+    if "mask_zero" not in text:
+        pytest.skip("no model that masks")
+    example = doctest.DocTestParser().get_doctest(
+        text, dict(GLOBALS), "example", None, 0
+    )
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example)
+    assert check(built)
+
+
+def sentence_pairs(task, args):
+    return task.build_classifier(task.build_encoder(9, args), args)
+
+
+# How the example's model is made; `convert_pretrained` is of any length.
+BUILDERS = {
+    "document_retrieval": lambda task, args: task.build_tower(args),
+    "dna": lambda task, args: task.build_model(args),
+    "listops": lambda task, args: task.build_model(args),
+    "sentence_pairs": sentence_pairs,
+    "text_classification": lambda task, args: task.build_model(args),
+}
+
+
+def test_every_example_that_masks_is_covered():
+    masking = {
+        path.stem
+        for path in EXAMPLES.glob("*.py")
+        if "mask_zero" in path.read_text()
+    }
+    assert masking == {*BUILDERS, "convert_pretrained"}
+
+
+@pytest.mark.parametrize("attention", ["normal:positive", "softmax"])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_models_of_examples(name, attention, monkeypatch, tmp_path):
+    """The same weights at two lengths, of which positions are cut."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    task = importlib.import_module(name)
+    sizes = {"width": 8, "heads": 2, "key_dim": 4, "hidden": 8, "blocks": 2}
+    stride = getattr(task.PRESETS["cpu"], "stride", 1)
+    lengths = 4 * stride, 16 * stride
+    models = []
+    for length in lengths:
+        args = arguments(name, tmp_path, length=length, **sizes)
+        vars(args).update(attention=attention, mutations=0.0, shift=0)
+        args.classes = 2
+        models.append(BUILDERS[name](task, args))
+    short, long = models
+    louder(long)
+    for weight, whole in zip(short.weights, long.weights, strict=True):
+        weight.assign(whole[tuple(slice(n) for n in weight.shape)])
+    count, padding = lengths[0], lengths[1] - lengths[0]
+    assert_padding_is_not_seen(short, long, count, padding)
+
+
+def test_model_of_convert_pretrained(monkeypatch, built):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    importlib.import_module("convert_pretrained").Classifier.build()
+    assert check(built)
