@@ -133,8 +133,7 @@ def numpy_answer(problem):
     seen = visible(length, length, mask, causal)
     noise = cases.reference_noise(prior)
     weights = {**cases.weights_of(prior), **cases.weights_of(feature_map)}
-    positions = np.arange(length)
-    near = np.abs(positions[:, None] - positions) < (window or 0)
+    near = reference.distances(keep) < (window or 0)
 
     def losses(keep_axes=(0, 1), **changed):
         now = {**arrays, **weights, **changed}
