@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_kt import feature_maps, linear_attention, visible_tokens
+from keras_kt import feature_maps, linear_attention, states, visible_tokens
 from keras_kt.block_grid import shares, size_of, swap_heads
 from keras_kt.linear_attention import FLOOR, AttentionState
 
@@ -41,15 +41,20 @@ def initial_near_field_state(
     window: int,
 ) -> NearFieldState:
     """The state that has seen nothing, with a window of tokens."""
+    sizes = num_heads, feature_dim, value_dim
+    shapes = near_field_state_shapes(*sizes, head_dim, window)
+    far = linear_attention.initial_state(batch_size, *sizes)
+    return states.zeros(shapes, batch_size)._replace(**far._asdict())
+
+
+def near_field_state_shapes(
+    num_heads: int, feature_dim: int, value_dim: int, head_dim: int, window: int
+) -> NearFieldState:
+    """Shapes of the state's tensors, `None` for the batch."""
     return NearFieldState(
-        *linear_attention.initial_state(
-            batch_size, num_heads, feature_dim, value_dim
-        ),
-        *(
-            tf.zeros((batch_size, window, num_heads, dim))
-            for dim in (head_dim, value_dim, 1)
-        ),
-        tf.zeros((batch_size, window)),
+        *linear_attention.state_shapes(num_heads, feature_dim, value_dim),
+        *((None, window, num_heads, dim) for dim in (head_dim, value_dim, 1)),
+        (None, window),
     )
 
 

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_kt import block_grid, feature_maps, visible_tokens
+from keras_kt import block_grid, feature_maps, states, visible_tokens
 from keras_kt.block_grid import (
     Grid,
     at_least,
@@ -69,10 +69,19 @@ def initial_state(
     batch_size, num_heads: int, feature_dim: int, value_dim: int
 ) -> AttentionState:
     """The state that has seen nothing."""
+    shapes = state_shapes(num_heads, feature_dim, value_dim)
+    state = states.zeros(shapes, batch_size)
+    return state._replace(maximum=state.maximum + FLOOR)
+
+
+def state_shapes(
+    num_heads: int, feature_dim: int, value_dim: int
+) -> AttentionState:
+    """Shapes of the state's tensors, `None` for the batch."""
     return AttentionState(
-        tf.fill((batch_size, num_heads, feature_dim), FLOOR),
-        tf.zeros((batch_size, num_heads, value_dim + 1, feature_dim)),
-        tf.zeros((batch_size,)),
+        (None, num_heads, feature_dim),
+        (None, num_heads, value_dim + 1, feature_dim),
+        (None,),
     )
 
 

@@ -32,6 +32,11 @@ class VisibleOrder(NamedTuple):
         """Visible tokens first, in their order, then masked ones."""
         return take(x, self.order)
 
+    def move_back(self, x):
+        """`(batch, length, dim)` back to its places, zeros where masked."""
+        x = take(x, self.count - 1)
+        return tf.where(self.mask[..., tf.newaxis], x, tf.zeros((), x.dtype))
+
     def last(self, line, width):
         """The last `width` visible tokens.
 
