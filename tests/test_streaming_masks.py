@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
-from tests.test_attention import array
+from tests.test_attention import array, wrong
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*jit_compile.*")
 
@@ -337,4 +337,87 @@ def test_masked_steps_compile_with_any_batch_and_length(jit_compile):
     np.testing.assert_allclose(output[mask], expected[mask], atol=2e-5)
     tf.nest.map_structure(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state, wanted
+    )
+
+
+def forms_of(state):
+    """A state as it comes from a file or another program."""
+    plain = tf.nest.map_structure(lambda x: x.numpy(), state)
+
+    def convert(x, make):
+        if not hasattr(x, "_fields"):
+            return x
+        parts = [convert(part, make) for part in x]
+        return make(type(x), parts)
+
+    return {
+        "numpy": plain,
+        "tuples": convert(state, lambda kind, parts: tuple(parts)),
+        "lists": convert(plain, lambda kind, parts: list(parts)),
+        "dicts": convert(
+            plain,
+            lambda kind, parts: dict(zip(kind._fields, parts, strict=True)),
+        ),
+        "float64": tf.nest.map_structure(np.float64, plain),
+    }
+
+
+STREAMS = (
+    attention,
+    lambda: attention(near_field=3, decay="gated"),
+    lambda: block(near_field=3),
+)
+
+
+@pytest.mark.parametrize("make", STREAMS, ids=("sums", "window", "decoder"))
+@pytest.mark.parametrize("count", (1, 21))
+def test_a_state_is_any_nest_of_arrays_of_its_shapes(make, count):
+    """One from a file did for one token and failed for 21."""
+    layer = make()
+    x = array((2, 30, WIDTH))
+    layer.build(*[x.shape] * (1 if hasattr(layer, "intermediate_dim") else 2))
+    _, state = layer.step(x[:, :9], layer.initial_state(2))
+    expected, after = layer.step(x[:, 9 : 9 + count], state)
+    for form, given in forms_of(state).items():
+        output, new = layer.step(x[:, 9 : 9 + count], given)
+        np.testing.assert_array_equal(output, expected, err_msg=form)
+        assert type(new) is type(state)
+        tf.nest.map_structure(np.testing.assert_array_equal, new, after)
+
+
+def test_a_state_of_wrong_arrays_is_named_in_one_error():
+    layer = attention()
+    x = array((2, 4, WIDTH))
+    layer(x, x)
+    state = layer.initial_state(2)
+    expected = (
+        r"`state` must be an AttentionState.*AttentionState\(maximum=\(batch, "
+        r"3, 10\), sums=\(batch, 3, 6, 10\), count=\(batch,\)\).*Received: "
+    )
+    maximum, sums, count = state
+    fields = state._asdict()
+    for given, received in (
+        (None, "a NoneType"),
+        (sums, r"\(2, 3, 6, 10\)"),
+        ((maximum, sums), r"tuple\(\(2, 3, 10\), \(2, 3, 6, 10\)\)"),
+        ([sums, maximum, count], r"list\(\(2, 3, 6, 10\), \(2, 3, 10\), "),
+        (state._replace(count=sums), r"AttentionState\(.*count=\(2, 3, 6"),
+        (state._replace(count=count[:1]), r".*count=\(1,\)"),
+        (state._replace(count="two"), ".*count=a str"),
+        ({**fields, "more": count}, r"dict\(.*more=\(2,\)"),
+        (attention(near_field=3).initial_state(2), r"NearFieldState\(maximum"),
+    ):
+        wrong(
+            f"(?s){expected}{received}",
+            lambda given=given: layer.step(x, given),
+        )
+    decoder = block(near_field=3)
+    decoder(x)
+    state = decoder.initial_state(2)
+    wrong(
+        r"a DecoderState.*attention=NearFieldState\(.*context=\(batch, 3, 6\)"
+        r".*Received: DecoderState\(attention=AttentionState\(",
+        lambda: decoder.step(
+            x, state._replace(attention=layer.initial_state(2))
+        ),
     )
