@@ -6,6 +6,7 @@ one by one.
 
 import warnings
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -421,3 +422,134 @@ def test_a_state_of_wrong_arrays_is_named_in_one_error():
             x, state._replace(attention=layer.initial_state(2))
         ),
     )
+
+
+class Decoder(keras.Model):
+    """A causal language model whose stream takes a mask."""
+
+    def __init__(self, blocks=2):
+        super().__init__()
+        self.embedding = keras.layers.Embedding(17, WIDTH)
+        options = {"near_field": 3, "decay": "gated"}
+        self.blocks = [block(**options) for _ in range(blocks)]
+        self.head = keras.layers.Dense(17)
+
+    def call(self, tokens):
+        x = self.embedding(tokens)
+        for each in self.blocks:
+            x = each(x)
+        return self.head(x)
+
+    def initial_state(self, batch_size):
+        return [each.initial_state(batch_size) for each in self.blocks]
+
+    def step(self, tokens, state, padding_mask=None):
+        x, after = self.embedding(tokens), []
+        for each, before in zip(self.blocks, state, strict=True):
+            x, new = each.step(x, before, decoder_padding_mask=padding_mask)
+            after.append(new)
+        return self.head(x), after
+
+
+def export(model, folder, **kwargs):
+    folder = keras_kt.export_saved_model(
+        model,
+        folder,
+        input_signature=[tf.TensorSpec((None, None), "int32", "tokens")],
+        streaming=True,
+        **kwargs,
+    )
+    artifact = tf.saved_model.load(folder)
+    return artifact, artifact.signatures
+
+
+def routes_of(model, served):
+    """Masked prefill and decoding of one token, by every way to run them."""
+
+    def prefill(tokens, mask):
+        state = model.initial_state(tf.shape(tokens)[0])
+        return model.step(tokens, state, padding_mask=mask)
+
+    def served_prefill(tokens, mask):
+        state = served["initial_state"](batch_size=tf.shape(tokens)[0])
+        result = served["prefill_masked"](tokens=tokens, mask=mask, **state)
+        return result.pop("output_0"), result
+
+    def served_decode(tokens, state):
+        result = served["decode"](tokens=tokens, **state)
+        return result.pop("output_0"), result
+
+    return {
+        "eager": (prefill, model.step),
+        "graph": (tf.function(prefill), tf.function(model.step)),
+        "xla": (
+            tf.function(prefill, jit_compile=True),
+            tf.function(model.step, jit_compile=True),
+        ),
+        "served": (served_prefill, served_decode),
+    }
+
+
+@pytest.mark.slow
+def test_prompts_of_several_lengths_are_served_in_one_batch(tmp_path):
+    model = Decoder()
+    tokens = np.random.default_rng(0).integers(0, 17, (3, PADDED + 4), "int32")
+    model(tokens)
+    artifact, served = export(model, tmp_path)
+    routes = routes_of(model, served)
+    new = tokens[:, PADDED:]
+    for side in SIDES:
+        mask = padding(side)
+        rows = []
+        for row, keep, rest in zip(tokens, mask, new, strict=True):
+            whole = np.concatenate([row[:PADDED][keep], rest])
+            rows.append(model(whole[None])[0])
+        for name, (prefill, decode) in routes.items():
+            prompt = tf.constant(tokens[:, :PADDED])
+            output, state = prefill(prompt, tf.constant(mask))
+            assert_rows(output, mask, [row[:-4] for row in rows])
+            for i in range(4):
+                output, state = decode(tf.constant(new[:, i : i + 1]), state)
+                wanted = [row[i - 4] for row in rows]
+                np.testing.assert_allclose(
+                    output[:, 0], wanted, atol=2e-5, err_msg=f"{side}, {name}"
+                )
+
+
+@pytest.mark.slow
+def test_the_masked_endpoint_is_compiled_with_the_others(tmp_path):
+    model = Decoder(blocks=1)
+    tokens = np.random.default_rng(0).integers(0, 17, (3, PADDED), "int32")
+    model(tokens)
+    artifact, served = export(model, tmp_path, jit_compile=True)
+    mask = padding("inside")
+    prefill, _ = routes_of(model, served)["served"]
+    output, _ = prefill(tf.constant(tokens), tf.constant(mask))
+    expected, _ = model.step(tokens, model.initial_state(3), padding_mask=mask)
+    np.testing.assert_allclose(output[mask], expected[mask], atol=2e-5)
+
+
+def test_a_mask_is_served_where_the_step_takes_one(tmp_path):
+    layer = attention()
+    x = spoiled(padding("left"))
+    layer(x, x)
+
+    def export_layer(name, folder):
+        folder = keras_kt.export_saved_model(
+            layer,
+            folder,
+            input_signature=[
+                tf.TensorSpec((None, None, WIDTH), name=each)
+                for each in (name, "value")
+            ],
+            streaming=True,
+        )
+        return tf.saved_model.load(folder)
+
+    artifact = export_layer("query", tmp_path / "layer")
+    _, inputs = artifact.signatures["prefill_masked"].structured_input_signature
+    assert inputs["mask"].dtype == tf.bool
+    assert inputs["mask"].shape.as_list() == [None, None]
+    _, unmasked = artifact.signatures["prefill"].structured_input_signature
+    assert set(inputs) - set(unmasked) == {"mask"}
+    wrong("another name than 'mask'", lambda: export_layer("mask", tmp_path))
