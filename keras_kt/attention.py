@@ -21,6 +21,7 @@ from keras_kt import (
     feature_maps,
     linear_attention,
     priors,
+    states,
 )
 
 IMPLEMENTATIONS = ("auto", "linear", "quadratic")
@@ -127,8 +128,8 @@ class KernelizedAttention(keras.layers.Layer):
         near_field: number of tokens; keys less than that far from the query
             weigh by the kernel in closed form, those beyond by features, under
             one normaliser. Needs positive features of a normal or mixture
-            prior. Masked tokens keep their place in the distance. Defaults to
-            `None`: features at any distance.
+            prior. The distance is a number of visible tokens: masked ones take
+            no place. Defaults to `None`: features at any distance.
 
     Call arguments:
         query: `(batch, query_length, features)`.
@@ -693,20 +694,39 @@ class KernelizedAttention(keras.layers.Layer):
             `AttentionState` of float32 tensors, or `NearFieldState`. Needs no
             built layer.
         """
-        num_features, _ = self._resolve_num_features()
-        sizes = (
-            batch_size,
-            self.num_heads,
-            self.feature_map.feature_dim(num_features),
-            self.value_dim,
-        )
         if self.near_field:
             return distance.initial_near_field_state(
-                *sizes, self.key_dim, self.near_field
+                batch_size, *self._state_sizes()
             )
-        return linear_attention.initial_state(*sizes)
+        return linear_attention.initial_state(batch_size, *self._state_sizes())
 
-    def step(self, query, state, value=None, key=None, value_mask=None):
+    @property
+    def state_shapes(self):
+        """Shapes of the state's tensors, as a state; `None` for the batch."""
+        if self.near_field:
+            return distance.near_field_state_shapes(*self._state_sizes())
+        return linear_attention.state_shapes(*self._state_sizes())
+
+    def _state_sizes(self):
+        num_features, _ = self._resolve_num_features()
+        width = self.feature_map.feature_dim(num_features)
+        sizes = self.num_heads, width, self.value_dim
+        return (
+            (*sizes, self.key_dim, self.near_field)
+            if self.near_field
+            else sizes
+        )
+
+    def step(
+        self,
+        query,
+        state,
+        value=None,
+        key=None,
+        value_mask=None,
+        query_mask=None,
+        key_mask=None,
+    ):
         """Causal attention of new tokens on a state: prefill and decode.
 
         Equals `call(..., use_causal_mask=True)` on the whole sequence, however
@@ -714,18 +734,27 @@ class KernelizedAttention(keras.layers.Layer):
 
         Args:
             query: `(batch, new_tokens, features)`, at least one new token.
-            state: `AttentionState` from `initial_state` or an earlier `step`.
+            state: `AttentionState` from `initial_state` or an earlier `step`;
+                or its arrays, NumPy's too, in a tuple, a list or a dict.
             value: `(batch, new_tokens, features)`. Defaults to `query`.
             key: likewise. Defaults to `value`.
-            value_mask: `(batch, new_tokens)` boolean; masked tokens leave the
-                state as it is.
+            value_mask, key_mask: `(batch, new_tokens)` boolean; masked tokens
+                leave the state as it is, and take no place. Default to the
+                Keras masks of the tensors.
+            query_mask: likewise; masked queries get a zero context.
 
         Returns:
-            `(batch, new_tokens, output_dim)` and the new state, whose size does
-            not depend on how many tokens came before.
+            `(batch, new_tokens, output_dim)`, which carries the query's mask,
+            and the new state, whose size does not depend on how many tokens
+            came before.
         """
         value = query if value is None else value
         key = value if key is None else key
+        # Read before conversions lose them.
+        query_mask = mask_of(query, query_mask)
+        value_mask = mask_of(value, value_mask)
+        if key is not value:
+            key_mask = mask_of(key, key_mask)
         query, value, key = (
             tf.convert_to_tensor(x, self.compute_dtype)
             if not tf.is_tensor(x)
@@ -734,12 +763,28 @@ class KernelizedAttention(keras.layers.Layer):
         )
         if not self.built:
             self.build(query.shape, value.shape, key.shape)
-        self._check_step(query, value, key, state)
-        value_mask = self._check_mask("value_mask", value_mask, value)
-        if value_mask is not None:
-            same = key is value
-            value = _select_rows(value, value_mask)
-            key = value if same else _select_rows(key, value_mask)
+        state = self._check_step(query, value, key, state)
+        query_mask = self._check_mask("query_mask", query_mask, query)
+        key_mask = _both(
+            self._check_mask("value_mask", value_mask, value),
+            self._check_mask("key_mask", key_mask, key),
+        )
+        if query_mask is not None:
+            query = _select_rows(query, query_mask)
+        if key_mask is not None:
+            value, key = (_select_rows(x, key_mask) for x in (value, key))
+        heads, state = self._attend_on_state(
+            query, value, key, state, query_mask=query_mask, key_mask=key_mask
+        )
+        output = self._project_heads(heads, query, training=False)
+        if query_mask is not None:
+            output._keras_mask = query_mask
+        return output, state
+
+    def _attend_on_state(
+        self, query, value, key, state, *, query_mask, key_mask
+    ):
+        """Heads `(batch, new_tokens, heads, value_dim)` and the new state."""
         folding = _Folding(query, value, self._attention_axes)
         q, k, feature_map, kernel = self._kernel_inputs(
             folding.fold(self._query_dense(query)),
@@ -747,7 +792,7 @@ class KernelizedAttention(keras.layers.Layer):
         )
         v = tf.cast(folding.fold(self._value_dense(value)), tf.float32)
         rest = {
-            "key_mask": value_mask,
+            "key_mask": folding.fold_mask(key_mask, folding.key_sizes),
             "decay": self._decay(key) if self.decay else None,
             "state": state,
         }
@@ -758,10 +803,13 @@ class KernelizedAttention(keras.layers.Layer):
             heads, state = distance.near_field(
                 *tokens, kernel, self.near_field, use_causal_mask=True, **rest
             )
-        heads = folding.unfold(tf.cast(heads, self.compute_dtype))
-        return self._project_heads(heads, query, training=False), state
+        rows = folding.fold_mask(query_mask, folding.query_sizes)
+        if rows is not None:
+            heads = tf.where(rows[:, :, tf.newaxis, tf.newaxis], heads, 0.0)
+        return folding.unfold(tf.cast(heads, self.compute_dtype)), state
 
     def _check_step(self, query, value, key, state):
+        """The state as tensors, or what is wrong with it or the tokens."""
         if len(query.shape) != 3 or self.sliding_window is not None:
             raise ValueError(
                 "`step` streams one causal axis: it needs inputs of rank 3 and "
@@ -778,17 +826,7 @@ class KernelizedAttention(keras.layers.Layer):
                 "For attention without causality (to an encoder's output, say) "
                 "call the layer itself."
             )
-        article, expected = "an", linear_attention.AttentionState
-        if self.near_field:
-            article, expected = "a", distance.NearFieldState
-        if not isinstance(state, expected):
-            name = f"{expected.__name__}({', '.join(expected._fields)})"
-            raise ValueError(
-                f"`state` must be {article} {expected.__name__}, from "
-                "`initial_state` or an earlier `step`. Received: a "
-                f"{type(state).__name__}. "
-                f"`keras_kt.{name}` makes one of tensors that travelled apart."
-            )
+        state = states.restore(state, self.state_shapes)
         batches = {query.shape[0], state.sums.shape[0]} - {None}
         if len(batches) > 1:
             raise ValueError(
@@ -797,6 +835,7 @@ class KernelizedAttention(keras.layers.Layer):
                 f"shape {tuple(query.shape)}. Start a stream of another batch "
                 "size with `initial_state(batch_size)`."
             )
+        return state
 
     def compute_output_shape(self, query_shape, value_shape, key_shape=None):
         key_shape = value_shape if key_shape is None else key_shape

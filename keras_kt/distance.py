@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_kt import feature_maps, linear_attention
+from keras_kt import feature_maps, linear_attention, states, visible_tokens
 from keras_kt.block_grid import shares, size_of, swap_heads
 from keras_kt.linear_attention import FLOOR, AttentionState
 
@@ -41,15 +41,20 @@ def initial_near_field_state(
     window: int,
 ) -> NearFieldState:
     """The state that has seen nothing, with a window of tokens."""
+    sizes = num_heads, feature_dim, value_dim
+    shapes = near_field_state_shapes(*sizes, head_dim, window)
+    far = linear_attention.initial_state(batch_size, *sizes)
+    return states.zeros(shapes, batch_size)._replace(**far._asdict())
+
+
+def near_field_state_shapes(
+    num_heads: int, feature_dim: int, value_dim: int, head_dim: int, window: int
+) -> NearFieldState:
+    """Shapes of the state's tensors, `None` for the batch."""
     return NearFieldState(
-        *linear_attention.initial_state(
-            batch_size, num_heads, feature_dim, value_dim
-        ),
-        *(
-            tf.zeros((batch_size, window, num_heads, dim))
-            for dim in (head_dim, value_dim, 1)
-        ),
-        tf.zeros((batch_size, window)),
+        *linear_attention.state_shapes(num_heads, feature_dim, value_dim),
+        *((None, window, num_heads, dim) for dim in (head_dim, value_dim, 1)),
+        (None, window),
     )
 
 
@@ -69,7 +74,8 @@ def near_field(
     """Exact weights of near keys, features beyond, one normaliser.
 
     For positive features. Time and memory are those of `causal`, twice if not
-    causal, and O(length · window) more.
+    causal, and O(length · window) more. Masked tokens take no place: the
+    distance is a number of visible keys.
 
     Args:
         query, key, value, feature_map, key_mask, decay: as in `causal`; a key
@@ -84,19 +90,24 @@ def near_field(
         `None` where attention is not causal.
     """
     tokens = _stream(key, value, decay, key_mask)
-    if state is None:
-        past = _before(tokens, window)
-    else:
-        past = state[3:]
-        state = AttentionState(*state[:3])
-    extended = [tf.concat(x, 1) for x in zip(past, tokens, strict=True)]
-    near = _band(query, extended, kernel, window, use_causal_mask)
-    far, state = _beyond(query, extended, feature_map, window, state)
+    past, far_state = _before(tokens, window), None
+    if state is not None:
+        past = state.key, state.value, state.decay, state.keep
+        far_state = AttentionState(state.maximum, state.sums, state.count)
+    decay, order = tokens[2], None
+    if key_mask is not None:
+        order = visible_tokens.visible_order(key_mask)
+        tokens = [order.move_together(x) for x in tokens]
+    line = _join(past, tokens)
+    if not use_causal_mask:
+        line = _join(line, _before(tokens, window + 1))
+    sides = 1 if use_causal_mask else 2
+    near = _band(query, line, decay, order, kernel, window, sides)
+    far, far_state = _past(query, line, order, feature_map, window, far_state)
     if use_causal_mask:
-        length = size_of(query, 1)
-        last = (x[:, length:] for x in extended)
-        return _merge(near, far), NearFieldState(*state, *last)
-    future = _future(query, tokens, feature_map, window)
+        last = _last(line, order, window)
+        return _merge(near, far), NearFieldState(*far_state, *last)
+    future = _future(query, line, order, feature_map, window, window)
     return _merge(near, far, future), None
 
 
@@ -110,9 +121,16 @@ def fading(query, key, value, feature_map, decay, *, key_mask=None):
     Returns:
         Outputs as in `bidirectional`.
     """
+    # Without a window places do not matter: masked tokens do not fade.
     tokens = _stream(key, value, decay, key_mask)
-    past, _ = _beyond(query, tokens, feature_map, 0, None)
-    return _merge(past, _future(query, tokens, feature_map, 1))
+    past, _ = _past(query, tokens, None, feature_map, 0, None)
+    line = _join(tokens, _before(tokens, 2))
+    return _merge(past, _future(query, line, None, feature_map, 0, 1))
+
+
+# A line is key, value, decay and keep of tokens in a row, masked ones last, or
+# in their places where there is no order. Query t stands behind as many new
+# tokens as it counts: t + 1, or the visible ones up to it.
 
 
 def _stream(key, value, decay, key_mask):
@@ -128,97 +146,161 @@ def _stream(key, value, decay, key_mask):
 
 
 def _before(tokens, count):
-    """Tokens that are not there, before the first."""
+    """Tokens that are not there, before the first or after the last."""
     return [tf.zeros((size_of(x, 0), count, *x.shape[2:])) for x in tokens]
 
 
-def _beyond(query, tokens, feature_map, distance, state):
+def _join(line, tokens):
+    return [tf.concat(x, 1) for x in zip(line, tokens, strict=True)]
+
+
+def _slots(x, order, offset, length):
+    """Of a line, what is `offset` behind each query's count."""
+    if order is None:
+        return x[:, 1 + offset : 1 + offset + length]
+    return visible_tokens.take(x, order.count + offset)
+
+
+def _last(line, order, window):
+    """The last tokens of a causal line."""
+    if order is None:
+        return [x[:, size_of(x, 1) - window :] for x in line]
+    return [order.last(x, window) for x in line]
+
+
+def _past(query, line, order, feature_map, distance, state):
     """Attention to keys at least `distance` tokens before the query.
 
     Args:
-        tokens: as from `_stream`, preceded by `distance` earlier ones.
+        line: preceded by `distance` earlier tokens.
 
     Returns:
         Outputs with the logarithms of their normalisers, and the state.
     """
     length = size_of(query, 1)
-    *delayed, keep = (x[:, :length] for x in tokens)
+    entering = [_slots(x, order, -1, length) for x in line]
+    if order is not None:
+        # With a token one leaves the window; nothing moves without.
+        entering = _stream(*entering[:3], order.mask & (entering[3] > 0.0))
+    (output, log_normalizer), state = _walk(query, entering, feature_map, state)
+    if distance:
+        # Keys have faded to where they left the window; this is the rest.
+        sums = _moving_sum(line[2], distance)
+        log_normalizer -= _slots(sums, order, 0, length)
+    return (output, log_normalizer), state
+
+
+def _future(query, line, order, feature_map, first, distance):
+    """Attention to keys at least `distance` tokens after the query.
+
+    Args:
+        line: `first` earlier tokens, then the new ones, then `distance` + 1
+            that are not there.
+
+    Returns:
+        As in `_past`, without the state.
+    """
+    length = size_of(query, 1)
+    sums = _moving_sum(line[2], distance)
+    # In reverse order a token is reached by the decay of the one after it.
+    key, value, decay, keep = line
+    line = key, value, decay[:, 1:], keep
+    entering = [_slots(x, order, first + distance - 1, length) for x in line]
+    if order is not None:
+        enters = tf.pad(order.mask[:, 1:], [(0, 0), (0, 1)])
+        entering = _stream(*entering[:3], enters & (entering[3] > 0.0))
+    entering = [x[:, ::-1] for x in entering]
+    part, _ = _walk(query[:, ::-1], entering, feature_map, None)
+    output, log_normalizer = (x[:, ::-1] for x in part)
+    return output, log_normalizer - _slots(sums, order, first, length)
+
+
+def _walk(query, entering, feature_map, state):
+    """Attention to what has come in up to each query, and the state."""
+    *tokens, keep = entering
     output, log_normalizer, state = linear_attention.causal_walk(
         linear_attention.fading_block,
-        [query, *delayed],
+        [query, *tokens],
         feature_map,
         keep > 0.0,
         state,
     )
-    if distance:
-        # Keys have faded to where they left the window; this is the rest.
-        log_normalizer -= _moving_sum(tokens[2], distance)
     return (output, log_normalizer), state
 
 
-def _future(query, tokens, feature_map, distance):
-    """Attention to keys at least `distance` tokens after the query."""
-    key, value, decay, keep = tokens
-    # In reverse order a token is reached by the decay of the one after it.
-    decay = tf.concat([decay[:, 1:], tf.zeros_like(decay[:, :1])], axis=1)
-    tokens = [x[:, ::-1] for x in (key, value, decay, keep)]
-    past = _before(tokens, distance)
-    tokens = [tf.concat(x, 1) for x in zip(past, tokens, strict=True)]
-    part, _ = _beyond(query[:, ::-1], tokens, feature_map, distance, None)
-    return [x[:, ::-1] for x in part]
-
-
-def _band(query, tokens, kernel, window, use_causal_mask):
+def _band(query, line, decay, order, kernel, window, sides):
     """Attention by the exact kernel to keys less than `window` tokens away.
 
     Args:
-        tokens: as from `_stream`, preceded by `window` earlier ones.
+        line: preceded by `window` earlier tokens.
+        decay: of each query's token, 0 if masked.
+        sides: 1 for keys up to the query, 2 for those after it, too.
 
     Returns:
         Outputs with the logarithms of their normalisers.
     """
-    length = size_of(query, 1)
+    batch, length = size_of(query, 0), size_of(query, 1)
     chunks = shares(length, window)
     missing = chunks * window - length
-    sides = 1 if use_causal_mask else 2
 
-    def split(x, after):
+    def split(x, after=missing):
         x = tf.pad(x, [(0, 0), (0, after)] + [(0, 0)] * (x.shape.rank - 2))
-        return tf.reshape(x, (size_of(x, 0), -1, window, *x.shape[2:]))
+        count = size_of(x, 1) // window
+        return tf.reshape(x, (batch, count, window, *x.shape[2:]))
 
-    def around(x):
-        """The chunks before, of and, if seen, after each."""
-        x = split(x, missing + (sides - 1) * window)
-        return tf.concat([x[:, i : i + chunks] for i in range(sides + 1)], 2)
+    if order is None:
+        reach = tf.range(1, window + 1)[tf.newaxis, tf.newaxis]
 
-    key, value, decay, keep = tokens
-    elapsed = tf.cumsum(split(decay, missing + (sides - 1) * window), axis=2)
-    ends = elapsed[:, :, -1:]
-    # Relative to the start of the query's chunk.
-    relative = [elapsed[:, :chunks] - ends[:, :chunks]]
-    relative.append(elapsed[:, 1 : chunks + 1])
-    if sides == 2:
-        relative.append(elapsed[:, 2:] + ends[:, 1 : chunks + 1])
+        def around(x):
+            """The chunks before, of and, if seen, after each."""
+            x = split(x[:, : length + sides * window])
+            return tf.concat(
+                [x[:, i : i + chunks] for i in range(sides + 1)], 2
+            )
+
+    else:
+        counts = split(order.count)
+        # Visible tokens before each chunk, and from there to each query.
+        start = (
+            counts[:, :, :1] - split(tf.cast(order.mask, tf.int32))[:, :, :1]
+        )
+        reach = tf.maximum(counts - start, 0)
+        index = start + tf.range((sides + 1) * window)
+
+        def around(x):
+            """What the queries of each chunk may see."""
+            flat = tf.reshape(index, (batch, chunks * index.shape[2]))
+            x = visible_tokens.take(x, flat)
+            return tf.reshape(x, (batch, chunks, index.shape[2], *x.shape[2:]))
+
+    key, value, of_keys, keep = line
     key = around(tf.transpose(kernel.keys(swap_heads(key)), (0, 2, 1, 3, 4)))
     query = kernel.queries(swap_heads(query))
-    query = split(tf.transpose(query, (0, 2, 1, 3, 4)), missing)
+    query = split(tf.transpose(query, (0, 2, 1, 3, 4)))
     parts = _recomputed(
-        lambda *x: _near_weights(*x, use_causal_mask),
+        lambda *x: _near_weights(*x, sides),
         query,
         key,
         around(value),
-        tf.concat(relative, 2),
+        split(decay),
+        around(of_keys),
         around(keep),
+        tf.cast(reach, tf.float32),
     )
     parts = (
-        tf.reshape(x, (size_of(x, 0), chunks * window, *x.shape[3:]))
-        for x in parts
+        tf.reshape(x, (batch, chunks * window, *x.shape[3:])) for x in parts
     )
     return [x[:, :length] for x in parts]
 
 
-def _near_weights(query, key, value, elapsed, keep, use_causal_mask):
-    """`_band` within chunks `(batch, chunk, token, heads, …)`."""
+def _near_weights(query, key, value, decay, of_keys, keep, reach, sides):
+    """`_band` within chunks `(batch, chunk, token, heads, …)`.
+
+    Args:
+        decay: of the queries' tokens.
+        of_keys: decay of the keys, `window` of which are before the chunk.
+        reach: `(batch, chunk, token)`, keys of the chunk up to each query.
+    """
     window = query.shape[2]
     logits = feature_maps.precise_product(
         tf.einsum("bnthcd->bnhctd", query), tf.einsum("bnshcd->bnhcds", key)
@@ -227,14 +309,20 @@ def _near_weights(query, key, value, elapsed, keep, use_causal_mask):
         logits = tf.reduce_logsumexp(logits, axis=3)
     else:
         logits = logits[:, :, :, 0]
-    elapsed = tf.transpose(elapsed, (0, 1, 3, 2, 4))
-    of_query = elapsed[:, :, :, window : 2 * window]
-    difference = of_query - tf.linalg.matrix_transpose(elapsed)
-    positions = tf.range(key.shape[2]) - window
-    distance = tf.range(window)[:, tf.newaxis] - positions
-    is_past = distance >= 0
+    reach = reach[:, :, tf.newaxis, :, tf.newaxis]
+    # Keys' slots, counted from the query's own.
+    distance = reach - 1.0 - tf.range(-window, sides * window, dtype=tf.float32)
+    is_past = distance >= 0.0
+    # Both since the chunk's start, so that no sum grows with the length.
+    elapsed = tf.cumsum(decay, axis=2)
+    early, late = of_keys[:, :, :window], of_keys[:, :, window:]
+    early = -tf.cumsum(early, axis=2, exclusive=True, reverse=True)
+    of_keys = tf.concat([early, tf.cumsum(late, axis=2)], axis=2)
+    difference = tf.transpose(elapsed, (0, 1, 3, 2, 4)) - tf.transpose(
+        of_keys, (0, 1, 3, 4, 2)
+    )
     logits -= tf.where(is_past, difference, -difference)
-    near = is_past if use_causal_mask else distance > -window
+    near = is_past if sides == 1 else distance > -window
     near &= distance < window
     visible = near & (keep > 0.0)[:, :, tf.newaxis, tf.newaxis]
     logits = tf.where(visible, logits, FLOOR)
@@ -248,16 +336,21 @@ def _near_weights(query, key, value, elapsed, keep, use_causal_mask):
 
 
 def _moving_sum(x, count):
-    """Sums of the last `count` tokens, where `count` earlier ones lead."""
-    length = size_of(x, 1) - count
-    missing = -length % count
-    x = tf.pad(x, [(0, 0), (0, missing), (0, 0), (0, 0)])
-    x = tf.reshape(x, (size_of(x, 0), -1, count, *x.shape[2:]))
+    """Sums of `count` tokens before each place, and behind the last one.
+
+    Those of the first `count` places are left out.
+    """
+    batch, length = size_of(x, 0), size_of(x, 1) - count + 1
+    chunks = shares(length, count)
+    # One more in front, so that the first sums are a chunk's rest.
+    missing = chunks * count - length
+    x = tf.pad(x, [(0, 0), (1, missing), (0, 0), (0, 0)])
+    x = tf.reshape(x, (batch, chunks + 1, count, *x.shape[2:]))
     sums = tf.cumsum(x, axis=2)
     # The rest of the chunk before, without subtracting from a total.
     rest = tf.cumsum(x, axis=2, reverse=True, exclusive=True)
     sums = sums[:, 1:] + rest[:, :-1]
-    sums = tf.reshape(sums, (size_of(x, 0), length + missing, *x.shape[3:]))
+    sums = tf.reshape(sums, (batch, chunks * count, *x.shape[3:]))
     return sums[:, :length]
 
 

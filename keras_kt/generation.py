@@ -4,8 +4,16 @@ Any model with `initial_state(batch_size)` and `step(tokens, state)` that gives
 logits will do: the prompt is one `step`, and so is every token after it.
 """
 
+import weakref
+from typing import NamedTuple
+
 import keras
 import tensorflow as tf
+
+from keras_kt import _checks
+
+# Compiled loops of each model, by their options.
+_LOOPS = weakref.WeakKeyDictionary()
 
 
 def generate(
@@ -21,16 +29,20 @@ def generate(
 ):
     """Continues prompts, token by token, from a state of fixed size.
 
+    The first call with a model, a prompt's shape and options that are static
+    (all but `temperature` above 0 and `seed`) traces a loop; later ones run it,
+    until the model has other variables.
+
     Args:
         model: a causal model with `initial_state(batch_size)` and `step(tokens,
             state)`, which returns logits `(batch, new_tokens, vocabulary)` and
             the new state.
         prompt: `(batch, prompt_length)` integers, at least one token, the same
-            number for all.
+            number for all. Prompts of several lengths go one by one.
         max_new_tokens: number of tokens to add.
         temperature: logits are divided by it; 0 takes the likeliest token.
         top_k: number of likeliest tokens to choose from. Defaults to `None`,
-            which means all.
+            which means all, as does a number above theirs.
         end_token: after this token a row is filled with it, and when all rows
             have had it generation ends. Defaults to `None`, which means none.
         seed: integer; the same seed gives the same tokens. Defaults to `None`,
@@ -60,56 +72,109 @@ def generate(
     >>> keras_kt.generate(model, [[1, 2, 3]], 5, seed=0).shape
     TensorShape([1, 8])
     """
-    prompt = _check(model, prompt, max_new_tokens, temperature, top_k)
+    _check_model(model)
+    prompt = _prompt(prompt)
+    temperature = _checks.number("temperature", temperature)
+    options = _Options(
+        _checks.integer("max_new_tokens", max_new_tokens),
+        temperature == 0.0,
+        _checks.integer("top_k", top_k, optional=True),
+        _checks.integer("end_token", end_token, minimum=None, optional=True),
+        _checks.boolean("jit_compile", jit_compile),
+    )
+    seed = _checks.integer("seed", seed, minimum=None, optional=True)
+    if prompt.shape[0] == 0:
+        return tf.zeros((0, prompt.shape[1] + options.max_new_tokens), tf.int32)
     if seed is None:
         seed = keras.random.randint((), 0, 2**31 - 1, dtype="int32")
-    seed = tf.stack([tf.cast(seed, tf.int32), 0])
+    elif abs(seed) >= 2**31:
+        raise ValueError(
+            f"`seed` must have at most 31 bits. Received: seed={seed}"
+        )
+    return _loop(model, options)(
+        prompt, tf.constant(temperature, tf.float32), tf.cast(seed, tf.int32)
+    )
 
-    def choose(logits, position):
+
+class _Options(NamedTuple):
+    """What a loop is traced for."""
+
+    max_new_tokens: int
+    is_greedy: bool
+    top_k: int | None
+    end_token: int | None
+    jit_compile: bool
+
+
+def _loop(model, options):
+    """The compiled loop of a model, made anew if its variables are others."""
+    try:
+        loops = _LOOPS.setdefault(model, {})
+    except TypeError:  # neither hashable nor weakly referenced
+        return _traced(lambda: model, options)
+    variables = list(getattr(model, "variables", ()))
+    known, loop = loops.get(options, ((), None))
+    same = len(known) == len(variables) and all(
+        reference() is v for reference, v in zip(known, variables, strict=True)
+    )
+    if loop is None or not same:
+        # The loop lives as long as the model, so it must not hold it.
+        loop = _traced(weakref.ref(model), options)
+        loops[options] = tuple(map(weakref.ref, variables)), loop
+    return loop
+
+
+def _traced(model_of, options):
+    """`(prompt, temperature, seed)` to tokens, as a `tf.function`."""
+
+    def choose(logits, position, temperature, seed):
         logits = tf.cast(logits[:, -1], tf.float32)
-        if top_k is not None:
+        if options.top_k is not None:
+            size = logits.shape[-1] or tf.shape(logits)[-1]
+            top_k = tf.minimum(options.top_k, size)
             least = tf.math.top_k(logits, top_k).values[:, -1:]
             logits = tf.where(logits < least, logits.dtype.min, logits)
-        if temperature == 0:
+        if options.is_greedy:
             return tf.argmax(logits, -1, tf.int32)
-        seeds = seed + tf.stack([0, position])
         return tf.random.stateless_categorical(
-            logits / temperature, 1, seeds, tf.int32
+            logits / temperature, 1, tf.stack([seed, position]), tf.int32
         )[:, 0]
 
-    @tf.function(jit_compile=jit_compile, autograph=False)
-    def run(prompt):
+    def run(prompt, temperature, seed):
+        model, count, end = (
+            model_of(),
+            options.max_new_tokens,
+            options.end_token,
+        )
         batch = tf.shape(prompt)[0]
         logits, state = model.step(prompt, model.initial_state(batch))
         # What is never reached reads as the end.
-        fill = 0 if end_token is None else end_token
-        tokens = tf.fill((max_new_tokens, batch), fill)
+        tokens = tf.fill((count, batch), 0 if end is None else end)
         ended = tf.fill((batch,), False)
 
         def going_on(position, tokens, token, ended, state):
-            return (position < max_new_tokens) & ~tf.reduce_all(ended)
+            return (position < count) & ~tf.reduce_all(ended)
 
         def add(position, tokens, token, ended, state):
             tokens = tf.tensor_scatter_nd_update(
                 tokens, [[position]], token[tf.newaxis]
             )
             logits, state = model.step(token[:, tf.newaxis], state)
-            following = choose(logits, position + 1)
-            if end_token is not None:
-                ended |= token == end_token
-                following = tf.where(ended, end_token, following)
+            following = choose(logits, position + 1, temperature, seed)
+            if end is not None:
+                ended |= token == end
+                following = tf.where(ended, end, following)
             return position + 1, tokens, following, ended, state
 
-        token = choose(logits, 0)
+        token = choose(logits, 0, temperature, seed)
         first = 0, tokens, token, ended, state
         _, tokens, *_ = tf.while_loop(going_on, add, first)
         return tf.concat([prompt, tf.transpose(tokens)], axis=1)
 
-    return run(prompt)
+    return tf.function(run, jit_compile=options.jit_compile, autograph=False)
 
 
-def _check(model, prompt, max_new_tokens, temperature, top_k):
-    """The prompt as int32, or what is wrong."""
+def _check_model(model):
     missing = [
         name
         for name in ("initial_state", "step")
@@ -123,35 +188,27 @@ def _check(model, prompt, max_new_tokens, temperature, top_k):
             f"{' and '.join(f'`{name}`' for name in missing)}. They call those "
             "of its KernelizedAttention or KernelizedTransformerDecoder layers."
         )
-    prompt = tf.convert_to_tensor(prompt)
-    if (
-        not prompt.dtype.is_integer
-        or prompt.shape.rank != 2
-        or (0 in prompt.shape[1:])
-    ):
-        raise ValueError(
-            "`prompt` must be integers of shape (batch, prompt_length), at "
-            f"least one token each. Received: {prompt.dtype.name} of shape "
-            f"{tuple(prompt.shape)}. Give prompts of several lengths one by "
-            "one; start an empty one with a token that means the start."
+
+
+def _prompt(prompt):
+    """The prompt as int32, or what is wrong."""
+    received = f"a {type(prompt).__name__}"
+    if not isinstance(prompt, tf.RaggedTensor):
+        try:
+            prompt = tf.convert_to_tensor(prompt)
+        except (TypeError, ValueError):
+            received += " whose rows are not all integers of one number"
+    if tf.is_tensor(prompt) and not isinstance(prompt, tf.RaggedTensor):
+        is_batch = prompt.dtype.is_integer and prompt.shape.rank == 2
+        if is_batch and prompt.shape[1] != 0:
+            return tf.cast(prompt, tf.int32)
+        shape = (
+            prompt.shape if prompt.shape.rank is None else tuple(prompt.shape)
         )
-    if (
-        isinstance(max_new_tokens, bool)
-        or not isinstance(max_new_tokens, int)
-        or max_new_tokens < 1
-    ):
-        raise ValueError(
-            "`max_new_tokens` must be a positive integer. Received: "
-            f"max_new_tokens={max_new_tokens!r}"
-        )
-    if temperature < 0:
-        raise ValueError(
-            "`temperature` must be 0 (the likeliest token) or more. Received: "
-            f"temperature={temperature}"
-        )
-    if top_k is not None and top_k < 1:
-        raise ValueError(
-            "`top_k` must be `None` or a positive integer. Received: "
-            f"top_k={top_k}"
-        )
-    return tf.cast(prompt, tf.int32)
+        received = f"{prompt.dtype.name} of shape {shape}"
+    raise ValueError(
+        "`prompt` must be integers of shape (batch, prompt_length), at least "
+        f"one token each, the same number in each row. Received: {received}. "
+        "Give prompts of several lengths one by one; start an empty one with a "
+        "token that means the start."
+    )

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_kt import block_grid, feature_maps
+from keras_kt import block_grid, feature_maps, states, visible_tokens
 from keras_kt.block_grid import (
     Grid,
     at_least,
@@ -69,10 +69,19 @@ def initial_state(
     batch_size, num_heads: int, feature_dim: int, value_dim: int
 ) -> AttentionState:
     """The state that has seen nothing."""
+    shapes = state_shapes(num_heads, feature_dim, value_dim)
+    state = states.zeros(shapes, batch_size)
+    return state._replace(maximum=state.maximum + FLOOR)
+
+
+def state_shapes(
+    num_heads: int, feature_dim: int, value_dim: int
+) -> AttentionState:
+    """Shapes of the state's tensors, `None` for the batch."""
     return AttentionState(
-        tf.fill((batch_size, num_heads, feature_dim), FLOOR),
-        tf.zeros((batch_size, num_heads, value_dim + 1, feature_dim)),
-        tf.zeros((batch_size,)),
+        (None, num_heads, feature_dim),
+        (None, num_heads, value_dim + 1, feature_dim),
+        (None,),
     )
 
 
@@ -477,7 +486,7 @@ def quadratic(
         decay = swap_heads(_visible_decay(decay, key_mask))
         log_fading = _log_fading(decay, size_of(query, 2))
     if kernel is not None:
-        near = _near(size_of(query, 2), size_of(key, 2), window)
+        near = _near(query, key, key_mask, window)
         kept_key = key if keep is None else tf.where(keep, key, 0.0)
         exact = _exact_logits(kernel, query, kept_key) + log_fading
         # The kernel leaves out the same factor of each query.
@@ -739,10 +748,18 @@ def _fading(elapsed):
     return tf.where(visible, tf.exp(-tf.where(visible, decay, 0.0)), 0.0)
 
 
-def _near(queries, keys, window):
-    """Which of `(queries, keys)` are less than `window` tokens apart."""
-    distance = tf.range(queries)[:, tf.newaxis] - tf.range(keys)
-    return tf.abs(distance) < window
+def _near(query, key, key_mask, window):
+    """Which `(batch, 1, t, s)` are less than `window` visible keys apart."""
+    queries, keys = size_of(query, 2), size_of(key, 2)
+    if key_mask is None:
+        counts = tf.range(keys)[tf.newaxis]
+    else:
+        counts = visible_tokens.running_count(key_mask)
+    of_query = tf.gather(
+        counts, tf.minimum(tf.range(queries), keys - 1), axis=1
+    )
+    distance = of_query[..., tf.newaxis] - counts[:, tf.newaxis]
+    return (tf.abs(distance) < window)[:, tf.newaxis]
 
 
 def _exact_logits(kernel, query, key):

@@ -2,11 +2,12 @@
 
 A trained model goes in and a folder comes out that a stock TensorFlow Serving
 loads: `path/1/saved_model.pb` and so on, weights and the stored draws inside.
-Endpoints are built on `keras.export.ExportArchive`. Streaming models get three
+Endpoints are built on `keras.export.ExportArchive`. Streaming models get some
 more, whose state travels as flat named tensors of fixed size, so that a server
 keeps nothing between requests.
 """
 
+import inspect
 import os
 import re
 import warnings
@@ -18,6 +19,8 @@ import tensorflow as tf
 from keras_kt import distance, linear_attention
 
 _STATES = linear_attention.AttentionState, distance.NearFieldState
+# Arguments of a model's `step` that are a mask of the tokens.
+_MASKS = "mask", "padding_mask", "decoder_padding_mask", "value_mask"
 _WARMUP = "assets.extra/tf_serving_warmup_requests"
 # TensorFlow Serving reads no more.
 _MOST_WARMUP = 1000
@@ -45,14 +48,19 @@ def export_saved_model(
     dict, else `output_0`, …. The stored draws of the frequencies are among the
     weights, so what is served is deterministic.
 
-    With `streaming=True` there are three more, for a causal model or layer with
+    With `streaming=True` there are more, for a causal model or layer with
     the methods `initial_state(batch_size)` and `step(tokens, state)` of
     `KernelizedAttention`, where the state is an `AttentionState` or a structure
     of such:
 
     * `initial_state`: `batch_size`, a scalar int32, to a state;
     * `prefill`: tokens `(batch, length, …)` and a state to outputs and a state;
-    * `decode`: the same for one token, `(batch, 1, …)`.
+    * `decode`: the same for one token, `(batch, 1, …)`;
+    * `prefill_masked`: as `prefill` with `mask`, `(batch, length)` bool, True
+      for tokens: prompts of several lengths in one batch, padded anywhere. Only
+      where `step` has an argument `mask`, `padding_mask`,
+      `decoder_padding_mask` or `value_mask`. A row's next token follows from
+      the output at its last True.
 
     The i-th `AttentionState` travels as `state_i_maximum`, `state_i_sums` and
     `state_i_count`, float32, the same names in and out; a `NearFieldState` has
@@ -71,7 +79,7 @@ def export_saved_model(
             `ExportArchive.add_endpoint`. Defaults to `None`, which means the
             model's inputs, with a dynamic batch and the lengths that are
             `None` there; subclassed models and layers need it.
-        streaming: whether to add the three streaming endpoints.
+        streaming: whether to add the streaming endpoints.
         signatures: more endpoints, `{name: (function, input_signature)}`. The
             function gets the tensors one by one. What holds a lookup table must
             be a layer, or part of `model`.
@@ -82,7 +90,7 @@ def export_saved_model(
         version: a positive integer. Defaults to `None`, which means the one
             after the highest in `path`.
         overwrite: whether to replace `version` if it exists.
-        jit_compile: whether `serve`, `prefill` and `decode` are compiled by
+        jit_compile: whether all endpoints but `initial_state` are compiled by
             XLA. On a CPU TensorFlow Serving then has to run with
             `--xla_cpu_compilation_enabled`.
 
@@ -273,9 +281,9 @@ def _streaming(model, tokens):
     def initial_state(batch_size):
         return name_state(model.initial_state(batch_size))
 
-    def step(tokens, *flat_state):
+    def step(tokens, *flat_state, **masks):
         state = tf.nest.pack_sequence_as(template, flat_state)
-        outputs, state = model.step(tokens, state)
+        outputs, state = model.step(tokens, state, **masks)
         if not isinstance(outputs, dict):
             outputs = tf.nest.flatten(outputs)
             outputs = {f"output_{i}": x for i, x in enumerate(outputs)}
@@ -286,11 +294,34 @@ def _streaming(model, tokens):
         return tf.TensorSpec(shape, tokens.dtype, tokens.name)
 
     batch_size = tf.TensorSpec((), tf.int32, "batch_size")
-    return {
+    endpoints = {
         "initial_state": (initial_state, [batch_size]),
         "prefill": (step, [tokens_of(None), *states]),
         "decode": (step, [tokens_of(1), *states]),
     }
+    mask_name = _mask_argument(model)
+    if mask_name:
+        if tokens.name == "mask":
+            raise ValueError(
+                "`streaming=True` needs another name than 'mask', which "
+                "`prefill_masked` gives its mask, for the first input. "
+                f"Received: a first input {tokens.name!r}. Name it in "
+                "`input_signature`."
+            )
+
+        def masked_step(tokens, mask, *flat_state):
+            return step(tokens, *flat_state, **{mask_name: mask})
+
+        mask = tf.TensorSpec((None, None), tf.bool, "mask")
+        signature = [tokens_of(None), mask, *states]
+        endpoints["prefill_masked"] = masked_step, signature
+    return endpoints
+
+
+def _mask_argument(model):
+    """The name of the mask of the tokens in a model's `step`, or `None`."""
+    parameters = inspect.signature(model.step).parameters
+    return next((name for name in _MASKS if name in parameters), None)
 
 
 def _state_names(state):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_kt import _checks, linear_attention
+from keras_kt import _checks, linear_attention, states, visible_tokens
 from keras_kt.attention import (
     KernelizedAttention,
     mask_of,
@@ -401,15 +401,25 @@ class KernelizedTransformerDecoder(_Block):
         Returns:
             `DecoderState`. Needs a built block.
         """
-        if not self.built:
-            raise ValueError(
-                "`initial_state` needs a built block, whose width is known. "
-                f"Received: {self.name!r}, which is not. Call it once."
-            )
-        length = 0 if self.local_context is None else self.local_context - 1
+        self._check_built("initial_state")
         return DecoderState(
             self._self_attention.initial_state(batch_size),
-            tf.zeros((batch_size, length, self._width)),
+            states.zeros(self.state_shapes.context, batch_size),
+        )
+
+    def _check_built(self, name):
+        if not self.built:
+            raise ValueError(
+                f"`{name}` needs a built block, whose width is known. "
+                f"Received: {self.name!r}, which is not. Call it once."
+            )
+
+    @property
+    def state_shapes(self):
+        """Shapes of the state's tensors, as a state; `None` for the batch."""
+        length = 0 if self.local_context is None else self.local_context - 1
+        return DecoderState(
+            self._self_attention.state_shapes, (None, length, self._width)
         )
 
     def step(
@@ -418,39 +428,49 @@ class KernelizedTransformerDecoder(_Block):
         state,
         encoder_sequence=None,
         encoder_padding_mask=None,
+        decoder_padding_mask=None,
     ):
         """What the call gives for the next tokens of a stream.
 
         Args:
-            decoder_sequence: `(batch, new_tokens, width)`, none of it padding.
-            state: `DecoderState` from `initial_state` or an earlier `step`.
+            decoder_sequence: `(batch, new_tokens, width)`.
+            state: `DecoderState` from `initial_state` or an earlier `step`; or
+                its arrays, NumPy's too, in tuples, lists or dicts.
             encoder_sequence: as in the call; attended anew in every step.
             encoder_padding_mask: likewise.
+            decoder_padding_mask: `(batch, new_tokens)` boolean, True for
+                tokens; padding leaves the state as it is. Defaults to the
+                Keras mask of the sequence.
 
         Returns:
-            `(batch, new_tokens, width)` and the new state.
+            `(batch, new_tokens, width)`, which carries the Keras mask of the
+            sequence, and the new state.
         """
-        if not isinstance(state, DecoderState):
-            raise ValueError(
-                "`state` must be a DecoderState, from `initial_state` or an "
-                f"earlier `step`. Received: a {type(state).__name__}"
-            )
-        decoder_sequence = tf.cast(decoder_sequence, self.compute_dtype)
-        states = []
+        self._check_built("step")
+        state = states.restore(state, self.state_shapes)
+        mask = mask_of(decoder_sequence, decoder_padding_mask)
+        carried = mask_of(decoder_sequence)
+        sequence = tf.cast(decoder_sequence, self.compute_dtype)
+        after = []
 
         def attend(x):
             context = state.context
             if self._local_context is not None:
-                x, context = self._local_context.step(x, context)
-            x, attention = self._self_attention.step(x, state.attention)
-            states.append(DecoderState(attention, context))
+                x, context = self._local_context.step(x, context, mask=mask)
+            x, attention = self._self_attention.step(
+                x, state.attention, query_mask=mask, value_mask=mask
+            )
+            after.append(DecoderState(attention, context))
             return x
 
-        x = self._residual(decoder_sequence, self._norms[0], attend, False)
+        x = self._residual(sequence, self._norms[0], attend, False)
         x = self._attend_encoder(
-            x, encoder_sequence, encoder_padding_mask, None, False
+            x, encoder_sequence, encoder_padding_mask, mask, False
         )
-        return self._feed_forward(x, False), states[0]
+        x = self._feed_forward(x, False)
+        if carried is not None:
+            x._keras_mask = carried
+        return x, after[0]
 
     def compute_output_shape(
         self, decoder_sequence_shape, encoder_sequence_shape=None
@@ -478,17 +498,31 @@ class _LocalContext(keras.layers.Layer):
         )
 
     def call(self, x, mask=None):
-        if mask is not None:
-            keep = tf.cast(mask, "bool")[..., tf.newaxis]
-            x = tf.where(keep, x, tf.zeros((), x.dtype))
-        padding = ((0, 0), (self.before, self.after), (0, 0))
-        return self._sum(x, tf.pad(x, padding))
+        before = tf.zeros((tf.shape(x)[0], self.before, x.shape[-1]), x.dtype)
+        return self._sum_around(x, before, mask)[0]
 
-    def step(self, x, context):
-        padded = tf.concat([tf.cast(context, x.dtype), x], axis=1)
-        tail = padded[:, tf.shape(padded)[1] - self.before :]
+    def step(self, x, context, mask=None):
+        x, tail = self._sum_around(x, tf.cast(context, x.dtype), mask)
         tail = tf.ensure_shape(tail, (None, self.before, x.shape[-1]))
-        return self._sum(x, padded), tf.cast(tail, tf.float32)
+        return x, tf.cast(tail, tf.float32)
+
+    def _sum_around(self, x, before, mask):
+        """Sums where masked tokens take no place, and the last ones seen."""
+        order = None
+        if mask is not None:
+            mask = tf.broadcast_to(tf.cast(mask, "bool"), tf.shape(x)[:2])
+            order = visible_tokens.visible_order(mask)
+            x = tf.where(mask[..., tf.newaxis], x, tf.zeros((), x.dtype))
+            x = order.move_together(x)
+        line = tf.concat([before, x], axis=1)
+        if order is None:
+            tail = line[:, tf.shape(line)[1] - self.before :]
+        else:
+            tail = order.last(line, self.before)
+        x = self._sum(x, tf.pad(line, [(0, 0), (0, self.after), (0, 0)]))
+        if order is not None:
+            x = order.move_back(x)
+        return x, tail
 
     def _sum(self, x, padded):
         # A sum of slices: XLA's convolution of single channels is slow.

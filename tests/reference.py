@@ -194,6 +194,20 @@ def fading(decay, keep):
     return np.exp(-pairs)
 
 
+def distances(keep, queries=None):
+    """Visible keys between, `(batch, 1, t, s)`, counted pair by pair.
+
+    After s up to t, or after t up to s; `keep` is `(batch, keys)`.
+    """
+    batch, keys = keep.shape
+    counts = np.zeros((batch, 1, queries or keys, keys), int)
+    for t in range(counts.shape[2]):
+        for s in range(keys):
+            between = slice(min(s, t) + 1, max(s, t) + 1)
+            counts[:, 0, t, s] = (keep[:, between] != 0).sum(-1)
+    return counts
+
+
 def log_attention(log_query, log_key, value, visible):
     """`attention` of log-features of any range, pair by pair."""
     pairs = log_query[..., :, None, :] + log_key[..., None, :, :]

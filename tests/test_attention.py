@@ -816,10 +816,6 @@ def test_wrong_steps_name_the_way_out():
         lambda: layer.step(x, layer.initial_state(3)),
     )
     wrong("`state` must be an AttentionState", lambda: layer.step(x, None))
-    wrong(
-        "Received: a dict.*AttentionState\\(maximum, sums, count\\)",
-        lambda: layer.step(x, state._asdict()),
-    )
     grid = array((2, 3, 4, 6))
     wide = keras_kt.KernelizedAttention(2, 4)
     wide(grid, grid)

@@ -133,8 +133,7 @@ def numpy_answer(problem):
     seen = visible(length, length, mask, causal)
     noise = cases.reference_noise(prior)
     weights = {**cases.weights_of(prior), **cases.weights_of(feature_map)}
-    positions = np.arange(length)
-    near = np.abs(positions[:, None] - positions) < (window or 0)
+    near = reference.distances(keep) < (window or 0)
 
     def losses(keep_axes=(0, 1), **changed):
         now = {**arrays, **weights, **changed}
@@ -170,6 +169,24 @@ def numpy_answer(problem):
     return losses(None).real, gradients
 
 
+def mask_of(name, length):
+    """No mask, padding on one side, or gaps; `True` has some of each."""
+    if not name:
+        return None
+    if name is True:
+        return cases.key_mask(length + 3)[:, :length]
+    mask = np.zeros((cases.BATCH, length), "bool")
+    if name == "left":
+        mask[0, 4:] = mask[1, length - 1 :] = True
+    elif name == "right":
+        mask[0, : length - 5] = mask[1, :1] = True
+    elif name == "nothing":
+        mask[0] = True
+    else:
+        mask[:, ::3] = mask[0, 1] = mask[1, 4:6] = True
+    return mask
+
+
 @functools.cache
 def solved(prior_name, map_name, length, window, fades, masked, causal):
     """A problem and its NumPy answer, shared by the algorithms."""
@@ -184,7 +201,7 @@ def solved(prior_name, map_name, length, window, fades, masked, causal):
         "value": value,
         "decay": decays(length) if fades else None,
     }
-    mask = cases.key_mask(length + 3)[:, :length] if masked else None
+    mask = mask_of(masked, length)
     upstream = np.random.default_rng(7).normal(size=value.shape)
     upstream = (upstream / upstream.size**0.5).astype("float32")
     problem = prior, feature_map, arrays, window, mask, causal, upstream
@@ -215,6 +232,21 @@ def test_outputs_and_gradients_match_float64_numpy(
     if is_signed and (window or not causal and algorithm != "quadratic"):
         return  # refused by the layer
     check(algorithm, prior_name, map_name, 11, window, fades, True, causal)
+
+
+@pytest.mark.parametrize("causal", (True, False), ids=("causal", "both"))
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("window, fades", ((3, True), (3, False), (16, True)))
+@pytest.mark.parametrize("mask", ("left", "right", "inside", "nothing"))
+def test_masked_tokens_take_no_place_in_the_distance(
+    mask, window, fades, algorithm, causal
+):
+    """They pushed real keys out of the window, in the stream for good."""
+    if algorithm == "step" and not causal:
+        return
+    if mask == "nothing" and (window, fades) != (3, True):
+        return
+    check(algorithm, "normal", "positive", 13, window, fades, mask, causal)
 
 
 @pytest.mark.parametrize("causal", (True, False), ids=("causal", "both"))

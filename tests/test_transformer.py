@@ -198,7 +198,7 @@ def test_half_precision_state_stays_float32():
         ),
         (lambda: encoder()(normal(2, 5, 13)), "`num_heads` must divide"),
         (lambda: decoder().initial_state(2), "needs a built block"),
-        (lambda: decoder().step(normal(2, 1, WIDTH), 3), "DecoderState"),
+        (lambda: decoder().step(normal(2, 1, WIDTH), 3), "needs a built block"),
         (lambda: _misses_encoder(), "`encoder_sequence` must be given in"),
         (lambda: encoder(spectral="x"), "spectral"),
     ],

@@ -1,0 +1,109 @@
+"""States of streams from any nest of arrays: saved, sent, or made elsewhere.
+
+A state's shapes are the same NamedTuple with a tuple of sizes for each tensor,
+`None` for the batch. They are all that is needed to take one apart or to put
+one together.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+
+def zeros(shapes, batch_size):
+    """The state of these shapes that holds zeros."""
+    return _each(shapes, lambda shape: tf.zeros((batch_size, *shape[1:])))
+
+
+def restore(state, shapes):
+    """A state of float32 tensors from arrays, or what is wrong with them.
+
+    Args:
+        state: NumPy arrays or tensors in the structure of `shapes`, where a
+            tuple, a list or a dict by field names stands for a NamedTuple.
+        shapes: the shapes of the state.
+
+    Returns:
+        A state of `shapes`' type.
+    """
+    batches = set()
+    try:
+        restored = _fit(state, shapes, batches)
+        if len(batches - {None}) > 1:
+            raise _Misfit
+    except _Misfit:
+        name = type(shapes).__name__
+        article = "an" if name[0] in "AEIOU" else "a"
+        raise ValueError(
+            f"`state` must be {article} {name}, from `initial_state` or an "
+            "earlier `step`, or arrays of its shapes in a tuple, a list or a "
+            f"dict of the same structure: {_expected(shapes)}, of one batch "
+            f"size. Received: {_received(state)}"
+        ) from None
+    return restored
+
+
+class _Misfit(Exception):
+    """Arrays that are no such state."""
+
+
+def _each(shapes, function):
+    if not hasattr(shapes, "_fields"):
+        return function(shapes)
+    return type(shapes)(*(_each(part, function) for part in shapes))
+
+
+def _fit(state, shapes, batches):
+    """`state` in the structure of `shapes`; its batch sizes are collected."""
+    if not hasattr(shapes, "_fields"):
+        return _tensor(state, shapes, batches)
+    fields = shapes._fields
+    if isinstance(state, dict):
+        if set(state) != set(fields):
+            raise _Misfit
+        state = [state[field] for field in fields]
+    is_nest = isinstance(state, (tuple, list)) and len(state) == len(fields)
+    if not is_nest or getattr(state, "_fields", fields) != fields:
+        raise _Misfit
+    pairs = zip(state, shapes, strict=True)
+    return type(shapes)(*(_fit(x, part, batches) for x, part in pairs))
+
+
+def _tensor(x, shape, batches):
+    try:
+        x = tf.cast(tf.convert_to_tensor(x), tf.float32)
+    except (TypeError, ValueError, tf.errors.OpError):
+        raise _Misfit from None
+    if not x.shape.is_compatible_with(shape):
+        raise _Misfit
+    if x.shape.rank is None or None in x.shape[1:]:
+        x = tf.ensure_shape(x, shape)
+    batches.add(x.shape[0])
+    return x
+
+
+def _expected(shapes):
+    if not hasattr(shapes, "_fields"):
+        sizes = ", ".join(["batch", *map(str, shapes[1:])])
+        return f"({sizes},)" if len(shapes) == 1 else f"({sizes})"
+    return _call(type(shapes), zip(shapes._fields, shapes, strict=True))
+
+
+def _call(kind, parts, describe=None):
+    describe = describe or _expected
+    parts = (f"{name}={describe(part)}" for name, part in parts)
+    return f"{kind.__name__}({', '.join(parts)})"
+
+
+def _received(state):
+    """The structure and the shapes of what came."""
+    if isinstance(state, dict):
+        return _call(type(state), state.items(), _received)
+    if hasattr(state, "_fields"):
+        fields = zip(state._fields, state, strict=True)
+        return _call(type(state), fields, _received)
+    if isinstance(state, (tuple, list)):
+        parts = ", ".join(map(_received, state))
+        return f"{type(state).__name__}({parts})"
+    if tf.is_tensor(state) or isinstance(state, (np.ndarray, np.generic)):
+        return str(state.shape)
+    return f"a {type(state).__name__}"
