@@ -250,7 +250,7 @@ def _near_weights(query, key, value, elapsed, keep, use_causal_mask):
 def _moving_sum(x, count):
     """Sums of the last `count` tokens, where `count` earlier ones lead."""
     length = size_of(x, 1) - count
-    missing = -length % count
+    missing = shares(length, count) * count - length
     x = tf.pad(x, [(0, 0), (0, missing), (0, 0), (0, 0)])
     x = tf.reshape(x, (size_of(x, 0), -1, count, *x.shape[2:]))
     sums = tf.cumsum(x, axis=2)

@@ -282,10 +282,15 @@ def causal_walk(
                     results, after = strict_block(bound, tokens, *rest)
                     return results, *after[: len(kept)]
 
-                results, *kept = tf.cond(
-                    exact, lambda: (results, *kept), strict
+                # The state is chosen outside: Grappler moves what only one
+                # branch reads into it, and tf2onnx reads no shapes there.
+                results, *slow = tf.cond(
+                    exact,
+                    lambda: (results, *(tf.zeros_like(x) for x in kept)),
+                    strict,
                 )
-                after = after if is_plain else kept
+                if slow:
+                    after = restart(exact, kept, slow)
             output, _ = _divide(
                 results[..., :width], _optional(blocks.pick, counts, *at)
             )
@@ -711,10 +716,10 @@ def _chunked_fading(query, key, value, decay, past, is_signed):
     # The state at the start of each chunk, and after the last one.
     ends = tf.pad(tf.cumsum(of_chunks, axis=2), [(0, 0)] * 2 + [(1, 0), (0, 0)])
     states = tf.concat([past[:, :, tf.newaxis], sums], axis=2)
-    sizes = tf.shape(states)
     flat = (batch, past.shape[1], -1, past.shape[2] * past.shape[3])
     states = tf.matmul(_fading(ends), tf.reshape(states, flat))
-    states = tf.reshape(states, sizes)
+    # Not to a `tf.shape`, from which tf2onnx learns no rank.
+    states = tf.reshape(states, (batch, past.shape[1], -1, *past.shape[2:]))
     before, after = states[:, :, :-1], states[:, :, -1]
     fading, kept = _fading(elapsed), tf.exp(-elapsed)
     scores = tf.matmul(query, key, transpose_b=True) * fading
