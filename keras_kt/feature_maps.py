@@ -20,6 +20,7 @@ from keras_kt.spectral_priors import (
     SpectralPrior,
     check_choice,
 )
+from keras_kt.written_gradients import written_gradient
 
 PREFACTORS = ("softmax", "tilted", "gaussian", "isotropic")
 
@@ -164,7 +165,7 @@ _LARGEST_ANGLE = 2.0**17
 _HALF_PI = 1.5703125, 4.837512969970703125e-4, 7.549789948768648e-8
 
 
-@tf.custom_gradient
+@written_gradient
 def _sine_and_cosine(x):
     """sin x and cos x to 2e-7, of float32.
 
