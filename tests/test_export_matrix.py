@@ -132,25 +132,33 @@ def onnx(feature, tmp_path, host):
     return model, lambda arrays: session.run(None, arrays)[0], (79, 11)
 
 
-def lite_rt(feature, tmp_path, host, implementation="linear"):
-    """As docs/serving.md has it; fixed batch and length."""
+def lite_rt(feature, tmp_path, host):
+    """By TensorFlow's converter, without Flex; fixed batch and length."""
+    model = network(feature, 2, 79, "linear")
+    examples = batch_of(feature, 2, 79)
+    names = list(examples)
+
+    def call(*tensors):
+        return model(dict(zip(names, tensors, strict=True)))
+
+    runner = test_serving.lite_rt(call, examples)
+    return model, lambda arrays: runner(**arrays)["y"], (79,)
+
+
+def lite_rt_matrix(feature, tmp_path, host):
+    """By Keras, as docs/serving.md has it; fixed batch and length."""
     from ai_edge_litert.interpreter import Interpreter
 
-    model = network(feature, 2, 79, implementation)
-    path = tmp_path / "model.tflite"
+    model = network(feature, 2, 79, "quadratic")
+    path = str(tmp_path / "model.tflite")
     model.export(path, format="litert", verbose=False)
-    interpreter = Interpreter(model_path=str(path))
-    runner = interpreter.get_signature_runner()
+    runner = Interpreter(path).get_signature_runner()
 
     def run(arrays):
         (output,) = runner(**arrays).values()
         return output
 
     return model, run, (79,)
-
-
-def lite_rt_matrix(feature, tmp_path, host):
-    return lite_rt(feature, tmp_path, host, "quadratic")
 
 
 EXPORTS = dict(
