@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras_kt import feature_maps, linear_attention, states, visible_tokens
 from keras_kt.block_grid import shares, size_of, swap_heads
 from keras_kt.linear_attention import FLOOR, AttentionState
+from keras_kt.written_gradients import pullback, written_gradient
 
 
 class NearFieldState(NamedTuple):
@@ -366,13 +367,10 @@ def _merge(*parts):
 def _recomputed(function, *tensors):
     """`function(*tensors)`, of which only the tensors are kept."""
 
-    @tf.custom_gradient
+    @written_gradient
     def call(*tensors):
         def gradient(*upstream):
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(tensors)
-                results = function(*tensors)
-            return linear_attention.pullback(tape, results, tensors, upstream)
+            return pullback(lambda: function(*tensors), tensors, upstream)
 
         return function(*tensors), gradient
 

@@ -18,6 +18,7 @@ import tensorflow as tf
 from keras_kt import _checks
 from keras_kt._recipe import Recipe
 from keras_kt.priors import Frequencies, SpectralPrior
+from keras_kt.written_gradients import written_gradient
 
 PREFACTORS = ("softmax", "tilted", "gaussian", "isotropic")
 
@@ -162,7 +163,7 @@ _LARGEST_ANGLE = 2.0**17
 _HALF_PI = 1.5703125, 4.837512969970703125e-4, 7.549789948768648e-8
 
 
-@tf.custom_gradient
+@written_gradient
 def _sine_and_cosine(x):
     """sin x and cos x to 2e-7, of float32.
 
@@ -272,6 +273,8 @@ class FeatureMap(Recipe):
 
     def validate(self, prior: SpectralPrior) -> None:
         """Raises a `ValueError` if the prior gives no kernel with this map."""
+        # AutoGraph, which drops docstrings, fails on a body that has no more.
+        return None
 
     def build(self, num_heads):
         """Creates the weights, if the map has any."""

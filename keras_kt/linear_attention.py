@@ -38,6 +38,7 @@ from keras_kt.block_grid import (
     swap_heads,
     walk,
 )
+from keras_kt.written_gradients import pullback, written_gradient
 
 # Stands for log 0; finite, since ∞ − ∞ hides in fully padded prefixes.
 FLOOR = -1e30
@@ -107,7 +108,7 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
     if not feature_map.positive:
         count = keys.split_batch(_count(key, key_mask))
 
-    @tf.custom_gradient
+    @written_gradient
     def attend(query, key, value, *tensors):
         bound = rebuild(tensors)
         query, key, value = (
@@ -141,16 +142,16 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
             def unread(group, block, carry):
                 maximum, sums = (x[group] for x in states)
                 wanted = [queries.pick(query, group, block), sums, *tensors]
-                with tf.GradientTape(watch_accessed_variables=False) as tape:
-                    tape.watch(wanted)
-                    results = _read(
-                        rebuild(tensors), wanted[0], maximum, wanted[1]
-                    )
                 of_results = _divide_gradient(
                     *(queries.pick(x, group, block) for x in ratio),
                     _at(count, group),
                 )
-                of_query, *others = pullback(tape, results, wanted, of_results)
+
+                def again():
+                    query, sums, *_ = wanted
+                    return _read(rebuild(tensors), query, maximum, sums)
+
+                of_query, *others = pullback(again, wanted, of_results)
                 past = restart(block == 0, [tf.zeros_like(sums)], carry[:1])
                 carry = _add([*past, *carry[1:]], others)
                 return [of_query], carry[:1], carry
@@ -158,13 +159,13 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
             def unabsorb(group, block, of_tensors):
                 key, value, keep = key_block(group, block)
                 wanted = [key, value, *tensors]
-                with tf.GradientTape(watch_accessed_variables=False) as tape:
-                    tape.watch(wanted)
-                    sums = _sums(
-                        rebuild(tensors), key, value, keep, states[0][group]
-                    )
+
+                def again():
+                    bound, maximum = rebuild(tensors), states[0][group]
+                    return _sums(bound, key, value, keep, maximum)
+
                 of_key, of_value, *others = pullback(
-                    tape, sums, wanted, of_sums[group]
+                    again, wanted, of_sums[group]
                 )
                 return (of_key, of_value), (), _add(of_tensors, others)
 
@@ -265,7 +266,7 @@ def causal_walk(
         results, after = _strict_block(*arguments)
         return (results[..., :width] if is_plain else results), after
 
-    @tf.custom_gradient
+    @written_gradient
     def attend(maximum, sums, *differentiable):
         inputs, tensors = differentiable[:arity], differentiable[arity:]
         bound = rebuild(tensors)
@@ -291,10 +292,15 @@ def causal_walk(
                     results, after = strict_block(bound, tokens, *rest)
                     return results, *after[: len(kept)]
 
-                results, *kept = tf.cond(
-                    exact, lambda: (results, *kept), strict
+                # The state is chosen outside: Grappler moves what only one
+                # branch reads into it, and tf2onnx reads no shapes there.
+                results, *slow = tf.cond(
+                    exact,
+                    lambda: (results, *(tf.zeros_like(x) for x in kept)),
+                    strict,
                 )
-                after = after if is_plain else kept
+                if slow:
+                    after = restart(exact, kept, slow)
             output, _ = _divide(
                 results[..., :width], _optional(blocks.pick, counts, *at)
             )
@@ -333,8 +339,7 @@ def causal_walk(
                 )
 
                 def through(function):
-                    with tf.GradientTape(watch_accessed_variables=False) as t:
-                        t.watch(wanted)
+                    def again():
                         results, (_, after) = function(
                             rebuild(wanted[arity + 1 :]),
                             wanted[:arity],
@@ -342,9 +347,9 @@ def causal_walk(
                             maxima[index],
                             wanted[arity],
                         )
-                    return pullback(
-                        t, [results, after], wanted, [of_results, of_sums]
-                    )
+                        return [results, after]
+
+                    return pullback(again, wanted, [of_results, of_sums])
 
                 if may_underflow:
                     gradients = tf.cond(
@@ -545,16 +550,6 @@ def _at(count, group):
     return count[group][:, tf.newaxis, tf.newaxis, tf.newaxis]
 
 
-def pullback(tape, results, wanted, upstream):
-    """Gradients of what a tape has recorded, zeros where nothing depends."""
-    return tape.gradient(
-        results,
-        wanted,
-        upstream,
-        unconnected_gradients=tf.UnconnectedGradients.ZERO,
-    )
-
-
 def _absorb(feature_map, maximum, sums, key, value, keep):
     """Maximum and sums after a block of keys."""
     features = _key_features(feature_map, key, keep)
@@ -720,10 +715,10 @@ def _chunked_fading(query, key, value, decay, past, is_signed):
     # The state at the start of each chunk, and after the last one.
     ends = tf.pad(tf.cumsum(of_chunks, axis=2), [(0, 0)] * 2 + [(1, 0), (0, 0)])
     states = tf.concat([past[:, :, tf.newaxis], sums], axis=2)
-    sizes = tf.shape(states)
     flat = (batch, past.shape[1], -1, past.shape[2] * past.shape[3])
     states = tf.matmul(_fading(ends), tf.reshape(states, flat))
-    states = tf.reshape(states, sizes)
+    # Not to a `tf.shape`, from which tf2onnx learns no rank.
+    states = tf.reshape(states, (batch, past.shape[1], -1, *past.shape[2:]))
     before, after = states[:, :, :-1], states[:, :, -1]
     fading, kept = _fading(elapsed), tf.exp(-elapsed)
     scores = tf.matmul(query, key, transpose_b=True) * fading
@@ -911,7 +906,7 @@ def _exact_weights(logits, visible, scores):
     return tf.ensure_shape(weights, scores.shape)
 
 
-@tf.custom_gradient
+@written_gradient
 def _pairwise_logits(query, key):
     """log Σ_f exp(query_tf + key_sf), one feature at a time."""
     features = (

@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 from keras_kt import attention
+from tests import runtimes
 
 tf.config.set_visible_devices([], "GPU")
 
@@ -20,3 +21,9 @@ def _seeded():
 def _linear_at_any_length(monkeypatch):
     """Tests are short; what "auto" does with short inputs has its own test."""
     monkeypatch.setattr(attention, "SHORT_LENGTH", 0)
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory):
+    """The C program that runs SavedModels: a function of its script."""
+    return runtimes.c_program(tmp_path_factory.mktemp("host"))

@@ -5,7 +5,6 @@ loader and the kernels that TensorFlow Serving links too.
 """
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +13,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorflow.core.framework import kernel_def_pb2
-from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 import keras_kt
-from tests import cases
+from tests import cases, runtimes
 
 ROOT = Path(__file__).parent.parent
 TENSORFLOW = Path(tf.sysconfig.get_lib())
@@ -99,45 +96,6 @@ class Words(keras.layers.Layer):
         return tf.cast(words.merge_dims(1, 2).to_tensor(), "int32")
 
 
-@pytest.fixture(scope="session")
-def host(tmp_path_factory):
-    """The C program: a function of its script."""
-    compiler = shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no gcc to compile tests/serving/host.c")
-    program = tmp_path_factory.mktemp("host") / "host"
-    subprocess.run(
-        [
-            compiler,
-            *("-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror"),
-            str(ROOT / "tests" / "serving" / "host.c"),
-            f"-I{tf.sysconfig.get_include()}",
-            f"-L{TENSORFLOW}",
-            *("-l:libtensorflow_cc.so.2", "-l:libtensorflow_framework.so.2"),
-            f"-Wl,-rpath,{TENSORFLOW}",
-            *("-o", str(program)),
-        ],
-        check=True,
-    )
-    libraries = subprocess.run(
-        ["ldd", program], capture_output=True, text=True, check=True
-    )
-    assert "libpython" not in libraries.stdout
-
-    def run(script):
-        done = subprocess.run(
-            [program],
-            input="".join(f"{line}\n" for line in script),
-            env={"TF_CPP_MIN_LOG_LEVEL": "2"},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-
-    return run
-
-
 def text_libraries(*names):
     import tensorflow_text
 
@@ -145,88 +103,9 @@ def text_libraries(*names):
     return [folder / f"_{name}.so" for name in names]
 
 
-def meta_graph(folder):
-    message = saved_model_pb2.SavedModel()
-    message.ParseFromString((Path(folder) / "saved_model.pb").read_bytes())
-    return message.meta_graphs[0]
-
-
-def write_tensors(path, arrays):
-    with open(path, "wb") as file:
-        for name, array in arrays.items():
-            array = np.asarray(array)
-            dtype = tf.as_dtype(array.dtype)
-            header = (name, dtype.as_datatype_enum, array.ndim, *array.shape)
-            file.write(" ".join(map(str, header)).encode() + b"\n")
-            if dtype == tf.string:
-                for string in array.ravel():
-                    file.write(b"%d\n%s" % (len(string), string))
-            else:
-                file.write(array.tobytes())
-
-
-def read_tensors(path):
-    arrays = {}
-    with open(path, "rb") as file:
-        while header := file.readline().split():
-            name, dtype, _, *shape = header
-            dtype = tf.as_dtype(int(dtype)).as_numpy_dtype
-            shape = tuple(map(int, shape))
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            array = np.frombuffer(file.read(size), dtype).reshape(shape)
-            arrays[name.decode()] = array
-    return arrays
-
-
-def run_line(signature, feeds, fetches):
-    """A `run` of an endpoint; feeds and fetches: variables by name."""
-    words = ["run"]
-    words += [f"{signature.inputs[k].name}={v}" for k, v in feeds.items()]
-    words += ["->"]
-    words += [f"{v}={signature.outputs[k].name}" for k, v in fetches.items()]
-    return " ".join(words)
-
-
-def serve(host, folder, inputs, tmp_path, libraries=(), endpoint="serve"):
-    """What the C program gets from an endpoint, by output name."""
-    signature = meta_graph(folder).signature_def[endpoint]
-    names = sorted(signature.outputs)
-    assert set(signature.inputs) == set(inputs)
-    write_tensors(tmp_path / "inputs", inputs)
-    host(
-        [
-            *(f"library {library}" for library in libraries),
-            f"model {folder}",
-            f"read {tmp_path / 'inputs'}",
-            run_line(signature, {k: k for k in inputs}, {k: k for k in names}),
-            f"write {tmp_path / 'outputs'} {' '.join(names)}",
-        ]
-    )
-    return read_tensors(tmp_path / "outputs")
-
-
-def ops_without_kernel(host, folder, tmp_path, libraries=()):
-    """Ops of a SavedModel that no kernel of a process without Python runs."""
-    path = tmp_path / "kernels"
-    host([*(f"library {x}" for x in libraries), f"kernels {path}"])
-    kernels = kernel_def_pb2.KernelList()
-    kernels.ParseFromString(path.read_bytes())
-    graph = meta_graph(folder).graph_def
-    functions = graph.library.function
-    used = {node.op for node in graph.node}
-    used.update(node.op for f in functions for node in f.node_def)
-    used -= {f.signature.name for f in functions}
-    return used - {kernel.op for kernel in kernels.kernel}
-
-
 def tokens_of(shape, seed=0):
     rng = np.random.default_rng(seed)
     return rng.integers(0, VOCABULARY, shape).astype("int32")
-
-
-def array(shape, seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=shape).astype("float32")
 
 
 def attention_model(**kwargs):
@@ -251,12 +130,12 @@ def check_pairs(pairs, host, tmp_path):
         outputs[f"{prior_name}_{map_name}".replace("-", "_")] = layer(x, x)
     model = keras.Model(x, outputs)
     folder = keras_kt.export_saved_model(model, tmp_path / "model")
-    assert not ops_without_kernel(host, folder, tmp_path)
+    assert not runtimes.ops_without_kernel(host, folder, tmp_path)
     spec = tf.TensorSpec((None, None, 6))
     keras_model = tf.function(model, input_signature=[spec])
     for shape in ((2, 11, 6), (3, 79, 6)):
-        inputs = array(shape)
-        served = serve(host, folder, {"x": inputs}, tmp_path)
+        inputs = runtimes.array(shape)
+        served = runtimes.serve(host, folder, {"x": inputs}, tmp_path)
         expected = keras_model(inputs)
         assert set(served) == set(outputs)
         for name, value in expected.items():
@@ -280,7 +159,7 @@ def test_c_host_equals_keras_for_every_prior(map_name, host, tmp_path):
 
 def stream_by_host(host, folder, tokens, prefix, tmp_path):
     """Logits of a prefill and of decoding token by token, all by the host."""
-    signatures = meta_graph(folder).signature_def
+    signatures = runtimes.meta_graph(folder).signature_def
     state = {name: name for name in signatures["initial_state"].outputs}
     steps = [
         tokens[:, :prefix],
@@ -288,11 +167,13 @@ def stream_by_host(host, folder, tokens, prefix, tmp_path):
     ]
     variables = {f"tokens{i}": step for i, step in enumerate(steps)}
     batch_size = np.array(len(tokens), "int32")
-    write_tensors(tmp_path / "inputs", {**variables, "batch_size": batch_size})
+    runtimes.write_tensors(
+        tmp_path / "inputs", {**variables, "batch_size": batch_size}
+    )
     script = [
         f"model {folder}",
         f"read {tmp_path / 'inputs'}",
-        run_line(
+        runtimes.run_line(
             signatures["initial_state"], {"batch_size": "batch_size"}, state
         ),
     ]
@@ -300,11 +181,11 @@ def stream_by_host(host, folder, tokens, prefix, tmp_path):
         signature = signatures["decode" if index else "prefill"]
         feeds = {"tokens": f"tokens{index}", **state}
         fetches = {"output_0": f"output{index}", **state}
-        script.append(run_line(signature, feeds, fetches))
+        script.append(runtimes.run_line(signature, feeds, fetches))
     names = [f"output{index}" for index in range(len(steps))]
     script.append(f"write {tmp_path / 'outputs'} {' '.join(names)}")
     host(script)
-    outputs = read_tensors(tmp_path / "outputs")
+    outputs = runtimes.read_tensors(tmp_path / "outputs")
     return np.concatenate([outputs[name] for name in names], axis=1)
 
 
@@ -325,8 +206,10 @@ def test_decode_endpoint_equals_the_full_pass(
         streaming=True,
         jit_compile=jit_compile,
     )
-    assert not ops_without_kernel(host, folder, tmp_path)
-    full = serve(host, folder, {"tokens": tokens}, tmp_path)["output_0"]
+    assert not runtimes.ops_without_kernel(host, folder, tmp_path)
+    full = runtimes.serve(host, folder, {"tokens": tokens}, tmp_path)[
+        "output_0"
+    ]
     np.testing.assert_allclose(full, expected, atol=1e-5)
     if jit_compile:
         return  # run in one process only: each compiles again
@@ -373,7 +256,7 @@ def test_states_are_flat_named_and_of_fixed_size(tmp_path):
             assert outputs[name].shape.as_list() == shape
     # The bare layer has the protocol too.
     layer = keras_kt.KernelizedAttention(3, 5, seed=1)
-    x = array((2, 7, 6))
+    x = runtimes.array((2, 7, 6))
     expected = layer(x, x, use_causal_mask=True)
     folder = keras_kt.export_saved_model(
         layer,
@@ -405,11 +288,13 @@ def test_raw_strings_go_in_without_python(host, tmp_path):
     libraries = text_libraries(
         "byte_splitter", "whitespace_tokenizer_v2", "wordpiece_tokenizer"
     )
-    assert not ops_without_kernel(host, folder, tmp_path, libraries)
-    missing = ops_without_kernel(host, folder, tmp_path)
+    assert not runtimes.ops_without_kernel(host, folder, tmp_path, libraries)
+    missing = runtimes.ops_without_kernel(host, folder, tmp_path)
     assert any(op.startswith("TFText>") for op in missing), missing
     texts = np.array([b"the learned kernel", "ein größerer Kern".encode()])
-    served = serve(host, folder, {"text": texts}, tmp_path, libraries=libraries)
+    served = runtimes.serve(
+        host, folder, {"text": texts}, tmp_path, libraries=libraries
+    )
     expected = model(tf.constant(texts))["logits"]
     assert np.isfinite(expected).all()
     np.testing.assert_allclose(served["logits"], expected, atol=1e-6)
@@ -424,9 +309,11 @@ def test_ops_that_need_python_are_found(host, tmp_path):
         tmp_path / "model",
         signatures={"sine": (needs_python, [tf.TensorSpec((1,), name="x")])},
     )
-    assert ops_without_kernel(host, folder, tmp_path) == {"PyFunc"}
+    assert runtimes.ops_without_kernel(host, folder, tmp_path) == {"PyFunc"}
     with pytest.raises(RuntimeError, match="PyFunc"):
-        serve(host, folder, {"x": np.ones(1, "float32")}, tmp_path, (), "sine")
+        runtimes.serve(
+            host, folder, {"x": np.ones(1, "float32")}, tmp_path, (), "sine"
+        )
 
 
 def test_names_come_from_inputs_dicts_and_specs(tmp_path):
@@ -442,7 +329,7 @@ def test_names_come_from_inputs_dicts_and_specs(tmp_path):
         (chain, {"input_0"}),
     ):
         folder = keras_kt.export_saved_model(model, tmp_path)
-        signatures = meta_graph(folder).signature_def
+        signatures = runtimes.meta_graph(folder).signature_def
         for endpoint in ("serve", "serving_default"):
             signature = signatures[endpoint]
             assert set(signature.inputs) == inputs
@@ -452,7 +339,7 @@ def test_names_come_from_inputs_dicts_and_specs(tmp_path):
                 assert tensor.tensor_shape.dim[0].size == -1
     artifact = tf.saved_model.load(str(tmp_path / "2"))
     reloaded = artifact.signatures["serve"]
-    x, y = array((2, 11, 6)), array((2, 13, 6), seed=1)
+    x, y = runtimes.array((2, 11, 6)), runtimes.array((2, 13, 6), seed=1)
     np.testing.assert_allclose(
         reloaded(input_0=x, value=y)["output_0"], listed([x, y]), atol=1e-5
     )
@@ -469,7 +356,7 @@ def test_more_signatures_share_the_weights(tmp_path):
         tmp_path,
         signatures={"mean": (mean, [tf.TensorSpec((None, None, 6), name="x")])},
     )
-    x = array((2, 11, 6))
+    x = runtimes.array((2, 11, 6))
     artifact = tf.saved_model.load(folder)
     served = artifact.signatures["mean"]
     expected = np.mean(model(x)["y"], axis=1)
@@ -504,7 +391,7 @@ def test_stored_draw_is_served_and_said_to_be_frozen(tmp_path):
     model = attention_model(redraw="step")
     with pytest.warns(UserWarning, match='redraw="step".*frozen'):
         folder = keras_kt.export_saved_model(model, tmp_path)
-    x = array((2, 11, 6))
+    x = runtimes.array((2, 11, 6))
     artifact = tf.saved_model.load(folder)
     served = artifact.signatures["serve"]
     first, second = (served(x=x)["y"] for _ in range(2))
@@ -565,9 +452,9 @@ def test_request_bodies_follow_from_the_signature(tmp_path):
     model = attention_model()
     folder = keras_kt.export_saved_model(model, tmp_path)
     served = tf.saved_model.load(folder)
-    x = array((2, 11, 6))
+    x = runtimes.array((2, 11, 6))
     expected = model(x)["y"]
-    signature = meta_graph(folder).signature_def["serving_default"]
+    signature = runtimes.meta_graph(folder).signature_def["serving_default"]
     ((name, info),) = signature.inputs.items()
     # gRPC: a PredictRequest over the wire, and a PredictResponse back.
     request = predict_pb2.PredictRequest()
@@ -620,11 +507,15 @@ def test_wrong_exports_name_the_way_out(tmp_path, monkeypatch):
         signatures={"serve": (tf.sin, [tf.TensorSpec((1,))])},
     )
     wrong("must name endpoints of this export", warmup={"decode": [1.0]})
-    wrong(r"by the names \['x'\]", warmup=[{"y": array((1, 2, 6))}])
-    wrong(r"shape \(None, None, 6\)", warmup=[array((1, 2, 5))])
-    wrong("at most 1000", warmup=[array((1, 2, 6))] * 1001)
+    wrong(r"by the names \['x'\]", warmup=[{"y": runtimes.array((1, 2, 6))}])
+    wrong(r"shape \(None, None, 6\)", warmup=[runtimes.array((1, 2, 5))])
+    wrong("at most 1000", warmup=[runtimes.array((1, 2, 6))] * 1001)
     monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
-    wrong(r"keras_kt\[serving\]", error=ImportError, warmup=[array((1, 2, 6))])
+    wrong(
+        r"keras_kt\[serving\]",
+        error=ImportError,
+        warmup=[runtimes.array((1, 2, 6))],
+    )
     assert not (tmp_path / "wrong").exists()
 
 
@@ -633,9 +524,9 @@ def test_wrong_exports_name_the_way_out(tmp_path, monkeypatch):
 def test_lite_rt_runs_a_fixed_length_and_a_decode_step(feature_map):
     pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is missing")
     layer = keras_kt.KernelizedAttention(3, 5, seed=1, feature_map=feature_map)
-    x = array((1, 79, 6))
+    x = runtimes.array((1, 79, 6))
     layer.build(x.shape, x.shape)
-    run = lite_rt(lambda x: {"y": layer(x, x)}, {"x": x})
+    run = runtimes.lite_rt(lambda x: {"y": layer(x, x)}, {"x": x})
     np.testing.assert_allclose(run(x=x)["y"], layer(x, x), atol=1e-4)
 
     def decode(token, *state):
@@ -644,30 +535,12 @@ def test_lite_rt_runs_a_fixed_length_and_a_decode_step(feature_map):
 
     expected = layer(x, x, use_causal_mask=True)
     state = {k: v.numpy() for k, v in layer.initial_state(1)._asdict().items()}
-    run = lite_rt(decode, {"token": x[:, :1], **state})
+    run = runtimes.lite_rt(decode, {"token": x[:, :1], **state})
     for index in range(x.shape[1]):
         state = run(token=x[:, index : index + 1], **state)
         np.testing.assert_allclose(
             state.pop("y"), expected[:, index : index + 1], atol=1e-4
         )
-
-
-def lite_rt(function, examples):
-    """A function of tensors, converted, as the LiteRT interpreter runs it."""
-    from ai_edge_litert.interpreter import Interpreter
-
-    specs = [tf.TensorSpec(x.shape, x.dtype, k) for k, x in examples.items()]
-    concrete = tf.function(
-        function, input_signature=specs, autograph=False
-    ).get_concrete_function()
-    # With its owner, or the converter drops the signature and its names.
-    owner = tf.Module()
-    owner.function, owner.variables_used = concrete, concrete.variables
-    converter = tf.lite.TFLiteConverter.from_concrete_functions(
-        [concrete], owner
-    )
-    interpreter = Interpreter(model_content=converter.convert())
-    return interpreter.get_signature_runner()
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -1,0 +1,128 @@
+"""Gradients that are written out, one inside another.
+
+`tf.custom_gradient` marks an operation with the name of its gradient. In a
+SavedModel TensorFlow keeps such gradients, but not those inside the gradients
+of others, of which it warns that they "will likely fail", and those in loops
+and branches do fail. So only the outermost is left to `tf.custom_gradient`: the
+computation that it covers needs none inside, and `pullback` applies the inner
+ones by hand.
+"""
+
+import contextlib
+import contextvars
+import functools
+
+import tensorflow as tf
+
+# What a written gradient does: `None` is what `tf.custom_gradient` does.
+_MODE = contextvars.ContextVar("keras_kt_written_gradients", default=None)
+_PLAIN = object()
+
+
+def written_gradient(function):
+    """`tf.custom_gradient`, which may contain others of its kind.
+
+    Args:
+        function: of tensors, to its results and the function of their
+            gradients that gives those of the arguments, all of them tensors.
+    """
+
+    def outermost(*tensors):
+        with plain():
+            return function(*tensors)
+
+    @functools.wraps(function)
+    def call(*tensors):
+        mode = _MODE.get()
+        if mode is None:
+            return tf.custom_gradient(outermost)(*tensors)
+        if mode is _PLAIN:
+            return function(*tensors)[0]
+        return mode.apply(outermost, tensors)
+
+    return call
+
+
+@contextlib.contextmanager
+def plain():
+    """Within, gradients are those of the operations, written ones unused.
+
+    For what is traced to be served, or whose gradient is written elsewhere.
+    """
+    with _as_mode(_PLAIN):
+        yield
+
+
+def pullback(function, wanted, upstream):
+    """Gradients of what a function computes again.
+
+    Args:
+        function: without arguments, to a structure of tensors.
+        wanted: list of the tensors to differentiate by.
+        upstream: gradients to the results, of their structure.
+
+    Returns:
+        List of the gradients to `wanted`, zeros where nothing depends.
+    """
+    # Persistent, since it is asked once for each written gradient inside.
+    with tf.GradientTape(
+        persistent=True, watch_accessed_variables=False
+    ) as tape:
+        tape.watch(wanted)
+        inner = _Inner(tape)
+        with _as_mode(inner):
+            results = function()
+    sources = [*wanted, *inner.results()]
+    total = tape.gradient(results, sources, upstream)
+    while inner.calls:
+        arguments, outputs, gradient = inner.calls.pop()
+        size = len(sources) - len(outputs)
+        of_outputs = [
+            tf.zeros_like(x) if g is None else g
+            for x, g in zip(outputs, total[size:], strict=True)
+        ]
+        sources, total = sources[:size], total[:size]
+        of_arguments = tf.nest.flatten(gradient(*of_outputs))
+        more = tape.gradient(arguments, sources, of_arguments)
+        total = [_sum(*pair) for pair in zip(total, more, strict=True)]
+    return [
+        tf.zeros_like(x) if g is None else g
+        for x, g in zip(wanted, total, strict=True)
+    ]
+
+
+class _Inner:
+    """Calls of written gradients while a tape records what is around them.
+
+    To the tape their results are new variables.
+    """
+
+    def __init__(self, tape):
+        self.tape = tape
+        self.calls = []
+
+    def apply(self, function, tensors):
+        with self.tape.stop_recording():
+            results, gradient = function(*tensors)
+        outputs = tf.nest.flatten(results)
+        self.tape.watch(outputs)
+        self.calls.append((list(tensors), outputs, gradient))
+        return results
+
+    def results(self):
+        return [x for _, outputs, _ in self.calls for x in outputs]
+
+
+@contextlib.contextmanager
+def _as_mode(mode):
+    token = _MODE.set(mode)
+    try:
+        yield
+    finally:
+        _MODE.reset(token)
+
+
+def _sum(a, b):
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b

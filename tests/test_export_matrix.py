@@ -1,0 +1,213 @@
+"""Which feature runs in which runtime, as docs/serving.md says.
+
+`MATRIX` is the one source: the table of the documentation is made from it, and
+each cell is either checked to its tolerance or stands there as not working.
+"""
+
+import re
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_kt
+from tests import runtimes
+
+PAGE = Path(__file__).parent.parent / "docs" / "serving.md"
+CAUSAL = {"use_causal_mask": True}
+# Arguments of the layer, and of its call.
+FEATURES = {
+    "bidirectional": ({}, {}),
+    "causal": ({}, CAUSAL),
+    "masked": ({}, {}),
+    "causal, masked": ({}, CAUSAL),
+    "trigonometric": ({"feature_map": "trigonometric"}, {}),
+    "trigonometric, causal": ({"feature_map": "trigonometric"}, CAUSAL),
+    "constant decay": ({"decay": "constant"}, {}),
+    "constant decay, causal": ({"decay": "constant"}, CAUSAL),
+    "gated decay, causal": ({"decay": "gated"}, CAUSAL),
+    "near field": ({"near_field": 3}, {}),
+    "near field, causal": ({"near_field": 3}, CAUSAL),
+    "inputs of rank 4": ({"attention_axes": 2}, {}),
+}
+RUNTIMES = (
+    "SavedModel",
+    "SavedModel, XLA",
+    "C host",
+    "ONNX",
+    "LiteRT",
+    "LiteRT, matrix",
+)
+ALWAYS = {
+    "SavedModel": 1e-6,
+    "SavedModel, XLA": 1e-5,
+    "C host": 1e-6,
+    "ONNX": 1e-5,
+    "LiteRT": 1e-5,
+    "LiteRT, matrix": 1e-5,
+}
+# Tolerances of outputs of size one; `None` is what does not work.
+MATRIX = {name: dict(ALWAYS) for name in FEATURES}
+# Cells that are quick enough for every run of the tests.
+QUICK = {("causal", "SavedModel"), ("bidirectional", "LiteRT, matrix")}
+
+
+def network(feature, batch, length, implementation):
+    """A model of one layer, and inputs for it; masked ones have two."""
+    arguments, call = FEATURES[feature]
+    shape = (length, 6) if feature != "inputs of rank 4" else (3, length, 6)
+    x = keras.Input(batch_shape=(batch, *shape), name="x")
+    inputs, masks = {"x": x}, {}
+    if "masked" in feature:
+        inputs["mask"] = keras.Input(
+            batch_shape=(batch, length), dtype="bool", name="mask"
+        )
+        masks = {"value_mask": inputs["mask"]}
+    layer = keras_kt.KernelizedAttention(
+        3, 5, seed=1, implementation=implementation, **arguments
+    )
+    return keras.Model(inputs, {"y": layer(x, x, **masks, **call)})
+
+
+def batch_of(feature, batch, length):
+    shape = (length, 6) if feature != "inputs of rank 4" else (3, length, 6)
+    arrays = {"x": runtimes.array((batch, *shape), seed=length)}
+    if "masked" in feature:
+        lengths = np.arange(1, batch + 1)[:, np.newaxis] * length // batch
+        arrays["mask"] = np.arange(length) < lengths
+    return arrays
+
+
+def saved_model(feature, tmp_path, host, jit_compile=False):
+    model = network(feature, None, None, "linear")
+    folder = keras_kt.export_saved_model(
+        model, tmp_path, jit_compile=jit_compile
+    )
+    # Whole, since a signature does not keep its weights alive.
+    artifact = tf.saved_model.load(folder)
+
+    def run(arrays):
+        tensors = {name: tf.constant(x) for name, x in arrays.items()}
+        return artifact.signatures["serve"](**tensors)["y"]
+
+    return model, run, (79, 11)
+
+
+def xla(feature, tmp_path, host):
+    return saved_model(feature, tmp_path, host, jit_compile=True)
+
+
+def c_host(feature, tmp_path, host):
+    model = network(feature, None, None, "linear")
+    folder = keras_kt.export_saved_model(model, tmp_path / "model")
+
+    def run(arrays):
+        return runtimes.serve(host, folder, arrays, tmp_path)["y"]
+
+    return model, run, (79, 11)
+
+
+def onnx(feature, tmp_path, host):
+    import onnxruntime
+    import tf2onnx
+
+    model = network(feature, None, None, "linear")
+    specs = [
+        tf.TensorSpec(x.shape, x.dtype, name) for name, x in model.input.items()
+    ]
+    names = list(model.input)
+    function = tf.function(
+        lambda *tensors: model(dict(zip(names, tensors, strict=True)))["y"],
+        input_signature=specs,
+        autograph=False,
+    )
+    proto, _ = tf2onnx.convert.from_function(
+        function, input_signature=specs, opset=18
+    )
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    return model, lambda arrays: session.run(None, arrays)[0], (79, 11)
+
+
+def lite_rt(feature, tmp_path, host):
+    """By TensorFlow's converter, without Flex; fixed batch and length."""
+    model = network(feature, 2, 79, "linear")
+    examples = batch_of(feature, 2, 79)
+    names = list(examples)
+
+    def call(*tensors):
+        return model(dict(zip(names, tensors, strict=True)))
+
+    runner = runtimes.lite_rt(call, examples)
+    return model, lambda arrays: runner(**arrays)["y"], (79,)
+
+
+def lite_rt_matrix(feature, tmp_path, host):
+    """By Keras, as docs/serving.md has it; fixed batch and length."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    model = network(feature, 2, 79, "quadratic")
+    path = str(tmp_path / "model.tflite")
+    model.export(path, format="litert", verbose=False)
+    runner = Interpreter(path).get_signature_runner()
+
+    def run(arrays):
+        (output,) = runner(**arrays).values()
+        return output
+
+    return model, run, (79,)
+
+
+EXPORTS = dict(
+    zip(
+        RUNTIMES,
+        (saved_model, xla, c_host, onnx, lite_rt, lite_rt_matrix),
+        strict=True,
+    )
+)
+
+
+def cells():
+    for feature, row in MATRIX.items():
+        for runtime, tolerance in row.items():
+            if tolerance is not None:
+                is_quick = (feature, runtime) in QUICK
+                yield pytest.param(
+                    feature,
+                    runtime,
+                    marks=() if is_quick else pytest.mark.slow,
+                    id=f"{feature}-{runtime}",
+                )
+
+
+@pytest.mark.filterwarnings("ignore:.*jit_compile.*")
+@pytest.mark.parametrize("feature, runtime", list(cells()))
+def test_runtime_equals_keras(feature, runtime, tmp_path, host):  # noqa: F811
+    model, run, lengths = EXPORTS[runtime](feature, tmp_path, host)
+    for length in lengths:
+        arrays = batch_of(feature, 2, length)
+        expected = tf.function(model, autograph=False)(arrays)["y"]
+        error = np.abs(run(arrays) - expected).max()
+        print(feature, runtime, length, error)
+        assert error < MATRIX[feature][runtime]
+
+
+def table():
+    """The matrix as it stands in the documentation."""
+    lines = [
+        "| | " + " | ".join(RUNTIMES) + " |",
+        "| --- |" + " --- |" * len(RUNTIMES),
+    ]
+    for feature, row in MATRIX.items():
+        cells = ("no" if x is None else f"{x:.0e}" for x in row.values())
+        lines.append(f"| {feature} | " + " | ".join(cells) + " |")
+    return "\n".join(lines).replace("e-0", "e-")
+
+
+def test_documented_table_is_that_of_the_tests():
+    written = re.search(
+        r"<!-- matrix -->\n(.*?)\n<!-- end -->", PAGE.read_text(), re.DOTALL
+    )
+    assert written, table()
+    assert written.group(1).strip() == table()
