@@ -357,3 +357,45 @@ def test_a_prior_that_a_user_writes_needs_three_methods():
             2, 4, spectral_prior=Lattice(), feature_map=feature_map
         )
         assert layer(x, x).shape == (1, 6, 5)
+
+
+@pytest.mark.parametrize("name", cases.PRIORS)
+def test_an_optimizer_tells_kernels_from_projections_by_name(name):
+    """No variable's name said what it was: `scale`, `mean`, `kernel_0`."""
+    layer = keras_kt.KernelizedAttention(
+        2,
+        4,
+        spectral_prior=cases.PRIORS[name](),
+        feature_map="trigonometric",
+        qk_norm="l2",
+        decay="gated",
+        num_features=16,
+    )
+    x = keras.Input((None, 5))
+    model = keras.Model(x, layer(x, x, use_causal_mask=True))
+    optimizer = keras.optimizers.AdamW(0.0, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["spectral_", "decay_"])
+    model.compile(optimizer, "mse")
+    before = {w.path: w.numpy() for w in model.trainable_weights}
+    data = np.random.default_rng(0).normal(size=(2, 6, 5)).astype("float32")
+    model.fit(data, data, verbose=0)
+    spectral = {w.path for w in layer.spectral_weights}
+    assert {w.path.split("/")[-2] for w in layer.spectral_weights} == {
+        "spectral_prior",
+        "feature_map",
+        "qk_norm",
+    }
+    for weight in model.trainable_weights:
+        kept = optimizer._use_weight_decay(weight)
+        is_projection = weight.path.split("/")[-2] in (
+            "query",
+            "key",
+            "value",
+            "attention_output",
+        )
+        assert kept == is_projection, weight.path
+        if not is_projection:
+            np.testing.assert_array_equal(weight, before[weight.path])
+        if weight.path in spectral:
+            assert weight.name.startswith("spectral_")
+            assert "kernel" not in weight.name
