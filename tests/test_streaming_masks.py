@@ -311,6 +311,7 @@ def test_gradients_of_padded_blocks_equal_those_without_padding(side):
         np.testing.assert_allclose(actual, sum(parts), atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit_compile", (False, True))
 def test_masked_steps_compile_with_any_batch_and_length(jit_compile):
     layer = block(near_field=3, decay="gated")
