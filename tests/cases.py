@@ -116,9 +116,14 @@ def key_mask(keys=KEYS):
     return mask
 
 
+def name_of(weight):
+    """What the oracle calls a weight."""
+    return weight.name.removeprefix("spectral_")
+
+
 def weights_of(layer):
     return {
-        weight.name.removeprefix("spectral_"): weight.numpy().astype("float64")
+        name_of(weight): weight.numpy().astype("float64")
         for weight in layer.trainable_weights
     }
 

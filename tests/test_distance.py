@@ -119,7 +119,7 @@ def tensorflow_answer(algorithm, problem):
     gradients = tape.gradient(loss, [*wanted, *variables])
     assert all(gradient is not None for gradient in gradients)
     names = [k for k, x in arrays.items() if x is not None]
-    names += [w.name for w in weights]
+    names += [cases.name_of(w) for w in weights]
     return output.numpy(), dict(zip(names, gradients, strict=True))
 
 

@@ -87,7 +87,7 @@ def tensorflow_answer(algorithm, prior, feature_map, arrays, mask, upstream):
         loss = tf.reduce_sum(output * upstream)
     gradients = tape.gradient(loss, [*tensors, *variables])
     assert all(gradient is not None for gradient in gradients)
-    names = ["query", "key", "value", *(w.name for w in weights)]
+    names = ["query", "key", "value", *map(cases.name_of, weights)]
     arrays = (tf.convert_to_tensor(g).numpy() for g in gradients)
     return output.numpy(), dict(zip(names, arrays, strict=True))
 
