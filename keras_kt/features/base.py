@@ -1,0 +1,57 @@
+"""Feature maps: from a query or key to its features φ_ω(x), per head.
+
+Equations 5-9 of arXiv 2110.08323; the paper's M is `num_frequencies` here. A
+map is bound to one draw of `Frequencies`, which gives a function from
+`(batch, heads, length, head_dim)` to `(batch, heads, length, feature_dim)`.
+"""
+
+import tensorflow as tf
+
+from keras_kt._recipe import Recipe
+from keras_kt.priors import Frequencies, SpectralPrior
+
+
+class FeatureMap(Recipe):
+    """Base class of the feature maps; like a prior, a recipe until built."""
+
+    # Features per frequency.
+    sides = 1
+
+    def num_frequencies(self, num_features: int) -> int:
+        """Frequencies that give `num_features` features."""
+        if num_features % self.sides:
+            raise ValueError(
+                f"`num_features` must be even for {type(self).__name__}, which "
+                "makes two features from each frequency. Received: "
+                f"num_features={num_features}. Choose {num_features + 1}."
+            )
+        return num_features // self.sides
+
+    def default_num_features(self, prior: SpectralPrior, head_dim: int) -> int:
+        """One whole block of the coupling for each component."""
+        return self.sides * prior.block_size(head_dim)
+
+    def feature_dim(self, num_features: int) -> int:
+        """Width of φ with what the map adds to `num_features`."""
+        return num_features
+
+    def validate(self, prior: SpectralPrior) -> None:
+        """Raises a `ValueError` if the prior gives no kernel with this map."""
+        # AutoGraph, which drops docstrings, fails on a body that has no more.
+        return None
+
+    def build(self, num_heads):
+        """Creates the weights, if the map has any."""
+        self.built = True
+
+    def bind(self, frequencies: Frequencies, scale: float = 1.0):
+        """A function from x to φ(scale · x), for one draw of frequencies."""
+        raise NotImplementedError
+
+
+def per_frequency(components: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+    """Repeats the last axis, components, to the frequencies of `like`."""
+    count = components.shape[-1]
+    if count == 1:
+        return components
+    return tf.repeat(components, like.shape[-1] // count, axis=-1)

@@ -1,0 +1,106 @@
+"""Trigonometric random features (RKS): φ_ω(x) = (cos ω·x, sin ω·x)."""
+
+import math
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_kt import _checks
+from keras_kt.features.base import FeatureMap, per_frequency
+from keras_kt.numerics import precise_product, sine_and_cosine
+
+
+class TrigonometricMap(NamedTuple):
+    """Signed features of x, with one constant feature for the smoothing.
+
+    Attributes:
+        projection: `(heads, head_dim, num_frequencies)`.
+        amplitudes: `(heads, 1, num_frequencies)`.
+        smoothing: `(heads, 1, 1)`, the constant that the kernel gains.
+    """
+
+    projection: tf.Tensor
+    amplitudes: tf.Tensor
+    smoothing: tf.Tensor
+
+    positive = False
+
+    @property
+    def width(self) -> int:
+        """Size of the feature axis."""
+        return 2 * self.projection.shape[-1] + 1
+
+    def __call__(self, x: tf.Tensor) -> tf.Tensor:
+        angles = precise_product(x, self.projection)
+        constant = tf.sqrt(self.smoothing) * tf.ones_like(angles[..., :1])
+        sine, cosine = sine_and_cosine(angles)
+        return tf.concat(
+            [self.amplitudes * cosine, self.amplitudes * sine, constant],
+            axis=-1,
+        )
+
+
+@keras.saving.register_keras_serializable(package="keras_kt")
+class TrigonometricFeatures(FeatureMap):
+    """Random kitchen sinks (RKS): φ_ω(x) = (cos ω·x, sin ω·x).
+
+    k(x, y) = E cos(ω·(x − y)) + s: shift-invariant, defined for every prior,
+    heavy tails included, and bounded. The estimate may be negative, so weights
+    need not be a convex combination; the smoothing s (an atom of the prior at
+    ω = 0) keeps the normaliser away from zero and is learned per head.
+
+    Args:
+        smoothing: s at the start. Defaults to 0.1.
+        trainable: whether s is trained. Defaults to `True`.
+
+    References:
+        arXiv 2110.08323, equation 6; Rahimi and Recht, NeurIPS 2007.
+
+    Examples:
+
+    >>> layer = keras_kt.KernelizedAttention(
+    ...     2, 8, feature_map=keras_kt.TrigonometricFeatures(smoothing=0.5))
+    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+    TensorShape([1, 4, 3])
+    """
+
+    sides = 2
+
+    def __init__(self, smoothing=0.1, *, trainable=True, **kwargs):
+        super().__init__(trainable=trainable, **kwargs)
+        self.smoothing = _checks.number("smoothing", smoothing, is_open=True)
+
+    def build(self, num_heads):
+        raw = self.smoothing + math.log(-math.expm1(-self.smoothing))
+        self._raw_smoothing = self.add_weight(
+            name="spectral_smoothing",
+            shape=(int(num_heads), 1, 1),
+            initializer=keras.initializers.Constant(raw),
+            autocast=False,
+        )
+        self.built = True
+
+    def feature_dim(self, num_features):
+        # The constant feature of the smoothing.
+        return num_features + 1
+
+    @property
+    def smoothing_weights(self) -> tf.Tensor:
+        """s of each head, `(heads, 1, 1)`."""
+        return tf.nn.softplus(tf.convert_to_tensor(self._raw_smoothing))
+
+    def bind(self, frequencies, scale=1.0):
+        projection = tf.linalg.matrix_transpose(frequencies.offsets)
+        if frequencies.means is not None:
+            means = tf.linalg.matrix_transpose(frequencies.means)
+            projection += per_frequency(means, projection)
+        amplitudes = tf.exp(0.5 * frequencies.log_weights)[:, tf.newaxis]
+        return TrigonometricMap(
+            scale * projection,
+            per_frequency(amplitudes, projection[:, :1]),
+            self.smoothing_weights,
+        )
+
+    def get_config(self):
+        return {**super().get_config(), "smoothing": self.smoothing}
