@@ -9,29 +9,37 @@ if keras.backend.backend() != "tensorflow":
         "KERAS_BACKEND=tensorflow before Keras is imported."
     )
 
-from keras_kt import diagnostics, kernels, plots
-from keras_kt.attention import KernelizedAttention
-from keras_kt.attention_errors import (
+from keras_kt import diagnostics, kernels
+from keras_kt.conversion.calibrate import CalibrationReport, calibrate
+from keras_kt.conversion.convert import (
+    ConversionReport,
+    ConvertedLayer,
+    convert_attention,
+)
+from keras_kt.conversion.distill import distil
+from keras_kt.conversion.errors import (
     AttentionErrors,
     HeadError,
     attention_error,
     closed_form_attention,
 )
-from keras_kt.calibration import CalibrationReport, calibrate, distil
-from keras_kt.conversion import (
-    ConversionReport,
-    ConvertedLayer,
-    convert_attention,
-)
-from keras_kt.distance import NearFieldState
-from keras_kt.feature_maps import (
+from keras_kt.conversion.keras_hub import CachedKernelizedAttention
+from keras_kt.diagnostics import plots
+from keras_kt.diagnostics.monitor import SpectralMonitor
+from keras_kt.features import (
     FeatureMap,
     PositiveFeatures,
     TrigonometricFeatures,
 )
 from keras_kt.generation import generate
-from keras_kt.keras_hub_layers import CachedKernelizedAttention
-from keras_kt.linear_attention import AttentionState
+from keras_kt.layers.attention import KernelizedAttention
+from keras_kt.layers.transformer import (
+    DecoderState,
+    KernelizedTransformerDecoder,
+    KernelizedTransformerEncoder,
+)
+from keras_kt.ops.states import AttentionState
+from keras_kt.ops.window import NearFieldState
 from keras_kt.priors import (
     DistributionPrior,
     FastFoodPrior,
@@ -42,13 +50,7 @@ from keras_kt.priors import (
     SpectralPrior,
 )
 from keras_kt.serving import export_saved_model
-from keras_kt.spectral_monitor import SpectralMonitor
 from keras_kt.systems import PAPER_SYSTEMS, paper_system
-from keras_kt.transformer import (
-    DecoderState,
-    KernelizedTransformerDecoder,
-    KernelizedTransformerEncoder,
-)
 
 __version__ = "0.1.0"
 

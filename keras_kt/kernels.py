@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from keras_kt import feature_maps, priors
+from keras_kt import features, priors
 
 # Prefactors whose quadratic part is −½xᵀΣx; the others have −xᵀΣx.
 _HALF = ("softmax", "tilted")
@@ -108,7 +108,7 @@ def closed_form(prior, feature_map, x, y):
             f"{type(prior).__name__} has no closed-form kernel. Use "
             "`from_frequencies` with samples of `prior.distribution()`."
         )
-    if isinstance(feature_map, feature_maps.TrigonometricFeatures):
+    if isinstance(feature_map, features.TrigonometricFeatures):
         delta = x[:, :, None] - y[:, None]
         smoothing = np.asarray(feature_map.smoothing_weights, "float64")
         return law.characteristic(delta) + smoothing
@@ -138,7 +138,7 @@ def from_frequencies(frequencies, feature_map, x, y):
     """
     omega = np.asarray(frequencies, "float64")
     x, y = (_each_head(points, len(omega)) for points in (x, y))
-    if isinstance(feature_map, feature_maps.TrigonometricFeatures):
+    if isinstance(feature_map, features.TrigonometricFeatures):
         delta = x[:, :, None] - y[:, None]
         angles = np.einsum("hnmd,hfd->hnmf", delta, omega)
         smoothing = np.asarray(feature_map.smoothing_weights, "float64")

@@ -6,7 +6,6 @@ import tensorflow as tf
 
 from keras_kt.written_gradients import written_gradient
 
-
 # Angles beyond have no meaning in float32: its numbers lie 2⁻⁶ apart there.
 _LARGEST_ANGLE = 2.0**17
 # π/2 in three parts: products of the first two with whole numbers are exact.

@@ -16,9 +16,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kt import distance, linear_attention
+from keras_kt.ops.states import AttentionState
+from keras_kt.ops.window import NearFieldState
 
-_STATES = linear_attention.AttentionState, distance.NearFieldState
+_STATES = AttentionState, NearFieldState
 # Arguments of a model's `step` that are a mask of the tokens.
 _MASKS = "mask", "padding_mask", "decoder_padding_mask", "value_mask"
 _WARMUP = "assets.extra/tf_serving_warmup_requests"

@@ -3,7 +3,7 @@
 import math
 
 from keras_kt import _checks
-from keras_kt.feature_maps import PositiveFeatures, TrigonometricFeatures
+from keras_kt.features import PositiveFeatures, TrigonometricFeatures
 from keras_kt.priors import FastFoodPrior, GeneratorPrior, NormalPrior
 
 PAPER_SYSTEMS = (

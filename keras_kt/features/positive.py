@@ -14,7 +14,6 @@ from keras_kt import _checks
 from keras_kt.features.base import FeatureMap, per_frequency
 from keras_kt.numerics import precise_product
 
-
 PREFACTORS = ("softmax", "tilted", "gaussian", "isotropic")
 
 

@@ -1,12 +1,54 @@
-"""States of streams from any nest of arrays: saved, sent, or made elsewhere.
+"""States of streams: what causal attention remembers of the past.
+
+They may come from any nest of arrays: saved, sent, or made elsewhere.
 
 A state's shapes are the same NamedTuple with a tuple of sizes for each tensor,
 `None` for the batch. They are all that is needed to take one apart or to put
 one together.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import tensorflow as tf
+
+from keras_kt.ops.scaling import FLOOR
+
+
+class AttentionState(NamedTuple):
+    """All that causal attention remembers of the past; its size is fixed.
+
+    Attributes:
+        maximum: `(batch, heads, feature_dim)`, running maximum of each
+            log-feature (unused for signed features).
+        sums: `(batch, heads, value_dim + 1, feature_dim)`, Σ v φ(k)ᵀ relative
+            to `maximum`, and Σ φ(k) in the last row.
+        count: `(batch,)`, keys seen so far.
+    """
+
+    maximum: tf.Tensor
+    sums: tf.Tensor
+    count: tf.Tensor
+
+
+def initial_state(
+    batch_size, num_heads: int, feature_dim: int, value_dim: int
+) -> AttentionState:
+    """The state that has seen nothing."""
+    shapes = state_shapes(num_heads, feature_dim, value_dim)
+    state = zeros(shapes, batch_size)
+    return state._replace(maximum=state.maximum + FLOOR)
+
+
+def state_shapes(
+    num_heads: int, feature_dim: int, value_dim: int
+) -> AttentionState:
+    """Shapes of the state's tensors, `None` for the batch."""
+    return AttentionState(
+        (None, num_heads, feature_dim),
+        (None, num_heads, value_dim + 1, feature_dim),
+        (None,),
+    )
 
 
 def zeros(shapes, batch_size):

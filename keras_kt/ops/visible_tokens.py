@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_kt import block_grid
+from keras_kt.ops import block_grid
 
 
 class VisibleOrder(NamedTuple):

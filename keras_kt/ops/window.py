@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_kt import feature_maps, linear_attention, states, visible_tokens
-from keras_kt.block_grid import shares, size_of, swap_heads
-from keras_kt.linear_attention import FLOOR, AttentionState
+from keras_kt.numerics import precise_product
+from keras_kt.ops import linear, scaling, states, visible_tokens
+from keras_kt.ops.block_grid import shares, size_of, swap_heads
+from keras_kt.ops.scaling import FLOOR
+from keras_kt.ops.states import AttentionState
 from keras_kt.written_gradients import pullback, written_gradient
 
 
@@ -44,7 +46,7 @@ def initial_near_field_state(
     """The state that has seen nothing, with a window of tokens."""
     sizes = num_heads, feature_dim, value_dim
     shapes = near_field_state_shapes(*sizes, head_dim, window)
-    far = linear_attention.initial_state(batch_size, *sizes)
+    far = states.initial_state(batch_size, *sizes)
     return states.zeros(shapes, batch_size)._replace(**far._asdict())
 
 
@@ -53,7 +55,7 @@ def near_field_state_shapes(
 ) -> NearFieldState:
     """Shapes of the state's tensors, `None` for the batch."""
     return NearFieldState(
-        *linear_attention.state_shapes(num_heads, feature_dim, value_dim),
+        *states.state_shapes(num_heads, feature_dim, value_dim),
         *((None, window, num_heads, dim) for dim in (head_dim, value_dim, 1)),
         (None, window),
     )
@@ -219,8 +221,8 @@ def _future(query, line, order, feature_map, first, distance):
 def _walk(query, entering, feature_map, state):
     """Attention to what has come in up to each query, and the state."""
     *tokens, keep = entering
-    output, log_normalizer, state = linear_attention.causal_walk(
-        linear_attention.fading_block,
+    output, log_normalizer, state = linear.causal_walk(
+        linear.fading_block,
         [query, *tokens],
         feature_map,
         keep > 0.0,
@@ -303,7 +305,7 @@ def _near_weights(query, key, value, decay, of_keys, keep, reach, sides):
         reach: `(batch, chunk, token)`, keys of the chunk up to each query.
     """
     window = query.shape[2]
-    logits = feature_maps.precise_product(
+    logits = precise_product(
         tf.einsum("bnthcd->bnhctd", query), tf.einsum("bnshcd->bnhcds", key)
     )
     if logits.shape[3] > 1:
@@ -327,12 +329,12 @@ def _near_weights(query, key, value, decay, of_keys, keep, reach, sides):
     near &= distance < window
     visible = near & (keep > 0.0)[:, :, tf.newaxis, tf.newaxis]
     logits = tf.where(visible, logits, FLOOR)
-    scale = linear_attention.row_maximum(logits)
+    scale = scaling.row_maximum(logits)
     weights = tf.where(visible, tf.exp(logits - scale), 0.0)
     normalizer = tf.reduce_sum(weights, axis=-1, keepdims=True)
-    weights = linear_attention.safe_ratio(weights, normalizer)
+    weights = scaling.safe_ratio(weights, normalizer)
     output = tf.einsum("bnhts,bnshe->bnthe", weights, value)
-    log_normalizer = linear_attention.absolute_log(normalizer, scale)
+    log_normalizer = scaling.absolute_log(normalizer, scale)
     return output, tf.transpose(log_normalizer, (0, 1, 3, 2, 4))
 
 

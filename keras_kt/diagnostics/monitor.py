@@ -8,7 +8,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kt import _checks, diagnostics, plots
+from keras_kt import _checks
+from keras_kt.diagnostics import inspect, plots
 
 _LOG = logging.getLogger("keras_kt")
 
@@ -76,7 +77,7 @@ class SpectralMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         # Told here and not after the first epoch.
-        diagnostics.layers_of(self.model)
+        inspect.layers_of(self.model)
         self._writer = tf.summary.create_file_writer(self.log_dir)
         self._said = set()
         self.epoch, self.history = [], {}
@@ -89,8 +90,8 @@ class SpectralMonitor(keras.callbacks.Callback):
         summary = tf.compat.v1.Summary()
         sums = {}
         if self.data is not None:
-            sums = diagnostics.row_sums(self.model, self.data)
-        for path, layer in diagnostics.layers_of(self.model).items():
+            sums = inspect.row_sums(self.model, self.data)
+        for path, layer in inspect.layers_of(self.model).items():
             values = _values(layer, self.distances, sums.get(path))
             _add_layer(summary, path, layer, values, self.distances)
             past = self.history.setdefault(path, {name: [] for name in values})
@@ -108,7 +109,7 @@ class SpectralMonitor(keras.callbacks.Callback):
             tf.summary.experimental.write_raw_pb(
                 summary.SerializeToString(), step=epoch
             )
-        for finding in diagnostics.health(self.model, self.data):
+        for finding in inspect.health(self.model, self.data):
             # Numbers in the text change from epoch to epoch.
             key = finding.path, finding.head, finding.advice
             if key not in self._said:
@@ -121,7 +122,7 @@ class SpectralMonitor(keras.callbacks.Callback):
 
 def _values(layer, distances, sums):
     """Arrays with a row a head, by name: what `history` holds."""
-    values = {"kernel": diagnostics.kernel_profile(layer, distances).kernel}
+    values = {"kernel": inspect.kernel_profile(layer, distances).kernel}
     prior, feature_map = layer.spectral_prior, layer.feature_map
     if prior.num_components > 1:
         values["probability"] = np.exp(prior.log_probabilities)
@@ -138,7 +139,7 @@ def _values(layer, distances, sums):
 
 
 def _add_layer(summary, path, layer, values, distances):
-    norms = np.linalg.norm(diagnostics.spectrum(layer).frequencies, axis=-1)
+    norms = np.linalg.norm(inspect.spectrum(layer).frequencies, axis=-1)
     for head in range(layer.num_heads):
         place = f"{path}/head_{head}"
         summary.value.add(

@@ -6,7 +6,6 @@ estimate of softmax's, exp(q·k), by the features of the layer's spectral prior:
 `calibration` measures how close it is, and brings it closer.
 """
 
-import contextlib
 import functools
 import inspect
 import warnings
@@ -15,22 +14,14 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_kt import (
-    _checks,
-    feature_maps,
-    keras_hub_layers,
-    priors,
-)
-from keras_kt.attention import KernelizedAttention
+from keras_kt import _checks, priors
+from keras_kt.conversion import keras_hub
+from keras_kt.conversion.probe import kept_losses, recorded_calls
+from keras_kt.conversion.surgery import children, copy_with, projections
+from keras_kt.features import PositiveFeatures
+from keras_kt.layers.attention import KernelizedAttention
 
 ON_UNSUPPORTED = ("skip", "quadratic", "error")
-_PROJECTIONS = (
-    "_query_dense",
-    "_key_dense",
-    "_gate_dense",
-    "_value_dense",
-    "_output_dense",
-)
 # What a subclass of MultiHeadAttention may not change if its weights are to
 # mean the same in KernelizedAttention.
 _COMPUTATION = ("call", "_compute_attention", "_masked_softmax")
@@ -166,7 +157,7 @@ def convert_attention(
     if spectral_prior is None:
         spectral_prior = priors.NormalPrior(use_mean=True)
     if isinstance(feature_map, str) and feature_map == "tilted":
-        feature_map = feature_maps.PositiveFeatures("tilted")
+        feature_map = PositiveFeatures("tilted")
     counts = _feature_counts(num_features, chosen)
     problems = _problems(model, chosen, dropout)
     if on_unsupported == "error" and any(problems.values()):
@@ -205,7 +196,7 @@ def convert_attention(
             + "; ".join(f"{entry.path}: {entry.note}" for entry in entries)
             + '. `on_unsupported="quadratic"` or `dropout=` may help.'
         )
-    copy, made = _copy(model, plans)
+    copy, made = copy_with(model, plans)
     return copy, ConversionReport(
         tuple(_entry(entry, made) for entry in entries)
     )
@@ -216,7 +207,7 @@ def attention_layers(model) -> dict:
     found = {}
 
     def visit(layer, path):
-        for child in _children(layer):
+        for child in children(layer):
             place = f"{path}/{child.name}" if path else child.name
             if _is_attention(child):
                 if not any(child is other for other in found.values()):
@@ -228,78 +219,10 @@ def attention_layers(model) -> dict:
     return found
 
 
-@contextlib.contextmanager
-def recorded_calls(layers):
-    """Records the calls of layers, in a graph or eagerly.
-
-    Args:
-        layers: the layers; they are as before when the context ends.
-
-    Yields:
-        A list that fills with `(layer, bound_arguments, output)`.
-    """
-    calls = []
-
-    def record(layer, call, *args, **kwargs):
-        output = call(*args, **kwargs)
-        bound = inspect.signature(call).bind(*args, **kwargs)
-        calls.append((layer, bound.arguments, output))
-        return output
-
-    with replaced_methods(layers, "call", record):
-        yield calls
-
-
-@contextlib.contextmanager
-def replaced_methods(layers, name, replacement):
-    """Gives layers another method, until the context ends. Contexts nest.
-
-    Args:
-        layers: the layers; they are as before when the context ends.
-        name: of the method.
-        replacement: function of a layer, the method it had, and the method's
-            arguments.
-    """
-    with contextlib.ExitStack() as stack:
-        for layer in layers:
-            method = getattr(layer, name)
-            # A replacement of someone else's is put back, too.
-            before = {name: method} if name in vars(layer) else {}
-            stack.callback(vars(layer).update, before)
-            stack.callback(vars(layer).pop, name)
-            setattr(layer, name, functools.partial(replacement, layer, method))
-        yield
-
-
-@contextlib.contextmanager
-def kept_losses(*models):
-    """Puts the losses of models back: a graph's are dead outside of it.
-
-    Args:
-        models: the models, which are called within the context.
-    """
-    layers = [
-        layer
-        for model in models
-        for layer in model._flatten_layers()
-        if isinstance(layer, keras.Layer)
-    ]
-    before = [list(layer._losses) for layer in layers]
-    try:
-        yield
-    finally:
-        for layer, losses in zip(layers, before, strict=True):
-            layer._losses[:] = losses
-
-
 def _is_attention(layer):
     return "Attention" in type(layer).__name__ or isinstance(
         layer, keras.layers.MultiHeadAttention
     )
-
-
-def _children(layer):
-    return layer._flatten_layers(include_self=False, recursive=False)
 
 
 def _unused(path, found):
@@ -372,14 +295,14 @@ def _refusal(layer):
     if not isinstance(layer, keras.layers.MultiHeadAttention):
         return f"{name} is not a MultiHeadAttention"
     base = keras.layers.MultiHeadAttention
-    if keras_hub_layers.is_cached(layer):
-        base = keras_hub_layers.cached_class()
+    if keras_hub.is_cached(layer):
+        base = keras_hub.cached_class()
     for method in _COMPUTATION:
         if getattr(type(layer), method) is not getattr(base, method):
             return f"{name} has a `{method}` of its own"
     if not layer.built:
         return "is not built: it was never called"
-    if any(dense.quantization_mode for dense in _projections(layer).values()):
+    if any(dense.quantization_mode for dense in projections(layer).values()):
         return "its projections are quantized"
     return None
 
@@ -389,8 +312,7 @@ def _problems(model, chosen, dropout):
     supported = {p: layer for p, layer in chosen.items() if not _refusal(layer)}
     calls = _traced_calls(model, list(supported.values()))
     causal = {
-        id(attention)
-        for _, attention in keras_hub_layers.causal_attention(model)
+        id(attention) for _, attention in keras_hub.causal_attention(model)
     }
     problems = {}
     for path, layer in supported.items():
@@ -442,20 +364,11 @@ def _traced_calls(model, layers):
     return calls
 
 
-def _projections(layer):
-    """The projections of an attention layer by attribute."""
-    return {
-        name: getattr(layer, name)
-        for name in _PROJECTIONS
-        if hasattr(layer, name)
-    }
-
-
 def _kernelized(layer, changes):
     """An unbuilt KernelizedAttention with the arguments of a softmax layer."""
     kind = KernelizedAttention
-    if keras_hub_layers.is_cached(layer):
-        kind = keras_hub_layers.CachedKernelizedAttention
+    if keras_hub.is_cached(layer):
+        kind = keras_hub.CachedKernelizedAttention
     known = set(inspect.signature(KernelizedAttention.__init__).parameters)
     known |= {"name", "trainable", "dtype"}
     config = layer.get_config()
@@ -477,180 +390,4 @@ def _entry(entry, made):
         "quadratic" if is_quadratic else "linear",
         kernelized._resolve_num_features()[0],
         "; ".join(notes),
-    )
-
-
-def _copy(model, plans):
-    """A copy of the model with planned layers replaced, weights and all.
-
-    Returns:
-        The copy, and the layers that were made by the id of the original.
-    """
-    clones, made, rebuilt = {}, {}, []
-
-    def clone(layer):
-        if id(layer) not in clones:
-            if id(layer) in plans:
-                new = made[id(layer)] = plans[id(layer)]()
-            elif _is_graph(layer, plans):
-                new = keras.models.clone_model(layer, clone_function=clone)
-            else:
-                new = _from_config(layer)
-                if isinstance(layer, keras.Layer):
-                    rebuilt.append(new)
-            clones[id(layer)] = new
-        return clones[id(layer)]
-
-    copy = clone(model)
-    # A compiled clone's optimizer holds variables of replaced layers.
-    copy.compiled = False
-    if not copy.built:
-        copy.build_from_config(model.get_build_config())
-    swaps = list(_match(model, copy, plans, set()))
-    for parent, original, twin in swaps:
-        if twin is not made.get(id(original)):
-            new = made.setdefault(id(original), None) or plans[id(original)]()
-            made[id(original)] = new
-            _transfer(original, new)
-            replace_layer(parent, twin, new)
-        else:
-            _transfer(original, twin)
-    keras_hub_layers.linearise_masks(copy)
-    inner = {id(new) for new in made.values()}
-    for layer in rebuilt:
-        if any(id(other) in inner for other in layer._flatten_layers()):
-            layer.get_config = functools.partial(_refuse_config, layer.name)
-    return copy, made
-
-
-def _is_graph(layer, plans):
-    """Whether a model is made of its graph, so that its nodes are replaced."""
-    if isinstance(layer, keras.Sequential):
-        return True
-    if not hasattr(layer, "_run_through_graph"):
-        return False
-    # A class of its own survives where the graph need not change.
-    return type(layer).__name__ == "Functional" or any(
-        id(child) in plans for child in layer.operations
-    )
-
-
-def _from_config(layer):
-    try:
-        new = type(layer).from_config(layer.get_config())
-    except (NotImplementedError, TypeError) as error:
-        raise ValueError(
-            f"{type(layer).__name__} must be made again from its "
-            "configuration, so that the original stays as it is. Received: "
-            f"{layer.name!r}, for which `from_config(get_config())` fails: "
-            f"{str(error).splitlines()[0]} Implement `get_config` with every "
-            "argument of `__init__`, and let `__init__` pass others (name, "
-            "trainable, dtype) on to `super().__init__`."
-        ) from error
-    if isinstance(layer, keras.Layer):
-        own = {id(child) for child in _children(layer)}
-        shared = [x.name for x in _children(new) if id(x) in own]
-        if shared:
-            raise ValueError(
-                "`get_config` must describe layers and not hold them, else the "
-                "copy would share, and change, those of the original. "
-                f"Received: {layer.name!r}, whose copy has its {shared}. Use "
-                "`keras.saving.serialize_keras_object` in `get_config`, and "
-                "its inverse in `from_config`."
-            )
-    return new
-
-
-def _match(original, copy, plans, seen):
-    """Copies weights layer by layer.
-
-    Yields:
-        `(parent in the copy, softmax layer, its twin in the copy)` for planned
-        layers, whose weights are left.
-    """
-    if id(original) in seen:
-        return
-    seen.add(id(original))
-    store = {}
-    original.save_own_variables(store)
-    copy.load_own_variables(store)
-    if copy.trainable != original.trainable:
-        copy.trainable = original.trainable
-    for child, twin in _twins(original, copy):
-        if id(child) in plans:
-            yield copy, child, twin
-        else:
-            yield from _match(child, twin, plans, seen)
-
-
-def _twins(original, copy):
-    """Pairs of children, by name where the copy has the names."""
-    ours, twins = _children(original), _children(copy)
-    by_name = {twin.name: twin for twin in twins}
-    if type(copy) is not type(original):
-        # A graph of a class of its own became a plain one.
-        ours = [child for child in ours if child.name in by_name]
-    if all(child.name in by_name for child in ours):
-        twins = [by_name[child.name] for child in ours]
-    if len(ours) != len(twins):
-        raise ValueError(
-            f"{type(original).__name__} must make the same layers again from "
-            f"its configuration. Received: {original.name!r} with "
-            f"{len(ours)} layers, and {len(twins)} in its copy. Make all of "
-            "them in `__init__` or `build`, from arguments in `get_config`."
-        )
-    return zip(ours, twins, strict=True)
-
-
-def _transfer(softmax, kernelized):
-    """Copies the projections, by name."""
-    projections = _projections(softmax)
-    if not kernelized.built:
-        query, key, value = (
-            (*[None] * (dense.equation.index(",") - 1), dense.kernel.shape[0])
-            for dense in (
-                softmax._query_dense,
-                softmax._key_dense,
-                softmax._value_dense,
-            )
-        )
-        kernelized.build(query, value, key)
-    for name, dense in projections.items():
-        ours = getattr(kernelized, name)
-        ours.kernel.assign(dense.kernel)
-        if dense.bias is not None:
-            ours.bias.assign(dense.bias)
-        ours.trainable = dense.trainable
-
-
-def replace_layer(parent, old, new):
-    """Puts a layer where a built parent has another one."""
-    parent._tracker.replace_tracked_value("layers", old, new)
-    for name, value in list(vars(parent).items()):
-        if name not in ("_tracker", "_layers"):
-            changed = _substituted(value, old, new)
-            if changed is not value:
-                setattr(parent, name, changed)
-
-
-def _substituted(value, old, new):
-    if value is old:
-        return new
-    if isinstance(value, (list, dict)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in list(items):
-            changed = _substituted(item, old, new)
-            if changed is not item:
-                value[key] = changed
-    if type(value) is tuple and any(item is old for item in value):
-        return tuple(new if item is old else item for item in value)
-    return value
-
-
-def _refuse_config(name):
-    raise NotImplementedError(
-        f"The configuration of {name!r} would make softmax attention again: "
-        "its class makes its own attention layers, and `convert_attention` "
-        "replaced them. Use `save_weights`, and `load_weights` on a model that "
-        "was converted in the same way, or export the model."
     )

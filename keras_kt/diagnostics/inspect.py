@@ -12,10 +12,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kt import _checks, attention_errors, kernels
-from keras_kt.attention import KernelizedAttention
-from keras_kt.conversion import kept_losses, replaced_methods
-from keras_kt.feature_maps import TrigonometricFeatures
+from keras_kt import _checks, kernels
+from keras_kt.conversion import errors as attention_errors
+from keras_kt.conversion.probe import kept_losses, replaced_methods
+from keras_kt.features import TrigonometricFeatures
+from keras_kt.layers.attention import KernelizedAttention
 
 # A component with less than this share of an even one has died.
 _DEAD = 0.05

@@ -12,7 +12,8 @@ import sys
 import keras
 import tensorflow as tf
 
-from keras_kt.attention import KernelizedAttention, mask_of, without_mask
+from keras_kt.layers.attention import KernelizedAttention
+from keras_kt.layers.axes import mask_of, without_mask
 
 
 @keras.saving.register_keras_serializable(package="keras_kt")

@@ -14,14 +14,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kt import _checks, kernels, linear_attention, priors
-from keras_kt.attention import KernelizedAttention
-from keras_kt.conversion import (
-    attention_layers,
+from keras_kt import _checks, kernels, priors
+from keras_kt.conversion.convert import attention_layers
+from keras_kt.conversion.probe import (
     kept_losses,
     recorded_calls,
     replaced_methods,
 )
+from keras_kt.layers.attention import KernelizedAttention
+from keras_kt.ops.quadratic import quadratic
+from keras_kt.ops.scaling import FLOOR
 
 
 class HeadError(NamedTuple):
@@ -294,7 +296,7 @@ def visible_pairs(query, key, attention_mask, is_causal, query_mask, key_mask):
 
 def masked_softmax(logits, visible):
     """Softmax over the keys that a query sees; zero in rows that see none."""
-    logits = tf.where(visible, logits, linear_attention.FLOOR)
+    logits = tf.where(visible, logits, FLOOR)
     return tf.where(visible, tf.nn.softmax(logits), 0.0)
 
 
@@ -407,7 +409,7 @@ def estimate(layer, query, key, value, visible, prior=None):
         bound = layer.feature_map.bind(*arguments)
         if kernel is not None:
             kernel = layer.feature_map.bind_exact(*arguments)
-    return linear_attention.quadratic(
+    return quadratic(
         query,
         key,
         value,

@@ -2,33 +2,19 @@
 
     out_t = φ(q_t)·Σ_s φ(k_s) v_sᵀ / φ(q_t)·Σ_s φ(k_s)
 
-in four forms with one contract: `bidirectional`, `causal`, `step` (one or
-more new tokens on a state) and `quadratic` (the same estimate as an explicit
-matrix). Tensors are `(batch, length, heads, dim)`, float32; `feature_map` maps
+in three forms with one contract: `bidirectional`, `causal` and `step` (one or
+more new tokens on a state); `quadratic` is the same estimate as an explicit
+matrix. Tensors are `(batch, length, heads, dim)`, float32; `feature_map` maps
 a query or key to features (log-features where `feature_map.positive`).
-
-Positive features are exponentiated relative to the maximum of each feature over
-the keys and the maximum of each query over its features. Both cancel in the
-ratio, all exponents are ≤ 0, and some feature of some key reaches 1, so the
-normaliser is at least one in the bidirectional form and needs no epsilon. Where
-a mask hides the key that set the maximum the normaliser can be small; it is
-its own certificate: as long as it stays above e⁻⁶⁰ nothing was lost to
-underflow, and below that an exact, slower form takes over at run time.
-
-Values carry a column of ones, so that one product gives numerator and
-normaliser. Masked keys have a zero row there, which removes them from both.
 
 Sequences are walked in blocks that stay in cache. The gradient is written out:
 it keeps inputs, outputs and one state a block, and forms the features again.
 """
 
-import math
-from typing import NamedTuple
-
 import tensorflow as tf
 
-from keras_kt import block_grid, feature_maps, states, visible_tokens
-from keras_kt.block_grid import (
+from keras_kt.ops import block_grid
+from keras_kt.ops.block_grid import (
     Grid,
     at_least,
     chunk_of,
@@ -38,52 +24,29 @@ from keras_kt.block_grid import (
     swap_heads,
     walk,
 )
+from keras_kt.ops.scaling import (
+    FLOOR,
+    MOST_EXCESS,
+    absolute_log,
+    count_visible,
+    divide,
+    divide_gradient,
+    exp_key,
+    exp_query,
+    is_exact,
+    key_features,
+    maximum_of,
+    query_features,
+    row_maximum,
+    visible_decay,
+    with_log_gradient,
+    with_ones,
+)
+from keras_kt.ops.states import AttentionState, initial_state
 from keras_kt.written_gradients import pullback, written_gradient
 
-# Stands for log 0; finite, since ∞ − ∞ hides in fully padded prefixes.
-FLOOR = -1e30
-_MOST_EXCESS = 60.0
-_UNDERFLOW = math.exp(-_MOST_EXCESS)
-# Signed normalisers are kept away from zero by this share of the key count.
-_SIGNED_LIMIT = 1e-2
 # Where features lose rows to underflow, so many tokens attend pair by pair.
 _STRICT_SIZE = 16
-
-
-class AttentionState(NamedTuple):
-    """All that causal attention remembers of the past; its size is fixed.
-
-    Attributes:
-        maximum: `(batch, heads, feature_dim)`, running maximum of each
-            log-feature (unused for signed features).
-        sums: `(batch, heads, value_dim + 1, feature_dim)`, Σ v φ(k)ᵀ relative
-            to `maximum`, and Σ φ(k) in the last row.
-        count: `(batch,)`, keys seen so far.
-    """
-
-    maximum: tf.Tensor
-    sums: tf.Tensor
-    count: tf.Tensor
-
-
-def initial_state(
-    batch_size, num_heads: int, feature_dim: int, value_dim: int
-) -> AttentionState:
-    """The state that has seen nothing."""
-    shapes = state_shapes(num_heads, feature_dim, value_dim)
-    state = states.zeros(shapes, batch_size)
-    return state._replace(maximum=state.maximum + FLOOR)
-
-
-def state_shapes(
-    num_heads: int, feature_dim: int, value_dim: int
-) -> AttentionState:
-    """Shapes of the state's tensors, `None` for the batch."""
-    return AttentionState(
-        (None, num_heads, feature_dim),
-        (None, num_heads, value_dim + 1, feature_dim),
-        (None,),
-    )
 
 
 def bidirectional(query, key, value, feature_map, *, key_mask=None):
@@ -106,7 +69,7 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
     tensors, rebuild = _unbind(feature_map)
     count = None
     if not feature_map.positive:
-        count = keys.split_batch(_count(key, key_mask))
+        count = keys.split_batch(count_visible(key, key_mask))
 
     @written_gradient
     def attend(query, key, value, *tensors):
@@ -131,7 +94,7 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
         def read(group, block, _):
             state = [x[group] for x in states]
             sums = _read(bound, queries.pick(query, group, block), *state)
-            return _divide(sums, _at(count, group)), (), ()
+            return divide(sums, _at(count, group)), (), ()
 
         results, _, _ = walk(read, queries.sizes, (), results=2)
         output, normalizer = map(queries.join, results)
@@ -142,7 +105,7 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
             def unread(group, block, carry):
                 maximum, sums = (x[group] for x in states)
                 wanted = [queries.pick(query, group, block), sums, *tensors]
-                of_results = _divide_gradient(
+                of_results = divide_gradient(
                     *(queries.pick(x, group, block) for x in ratio),
                     _at(count, group),
                 )
@@ -220,7 +183,7 @@ def causal(
     inputs = [query, key, value]
     attend_block = _causal_block
     if decay is not None:
-        inputs.append(_visible_decay(decay, key_mask))
+        inputs.append(visible_decay(decay, key_mask))
         attend_block = fading_block
     output, _, state = causal_walk(
         attend_block, inputs, feature_map, key_mask, state
@@ -284,7 +247,7 @@ def causal_walk(
             exact = True
             if may_underflow:
                 sums = results[..., :width]
-                exact = _is_exact(sums, _optional(blocks.pick, sees, *at))
+                exact = is_exact(sums, _optional(blocks.pick, sees, *at))
                 # What fades may have been lost to the state too.
                 kept = () if is_plain else after
 
@@ -301,7 +264,7 @@ def causal_walk(
                 )
                 if slow:
                     after = restart(exact, kept, slow)
-            output, _ = _divide(
+            output, _ = divide(
                 results[..., :width], _optional(blocks.pick, counts, *at)
             )
             normalizer = results[..., width - 1 :]
@@ -324,12 +287,12 @@ def causal_walk(
                 index = group * blocks.count + block
                 wanted = [blocks.pick(x, *at) for x in inputs]
                 wanted += [sums[index], *tensors]
-                of_results = _divide_gradient(
+                of_results = divide_gradient(
                     *(blocks.pick(x, *at) for x in ratio),
                     _optional(blocks.pick, counts, *at),
                 )
                 if not is_plain:
-                    of_results = _with_log_gradient(
+                    of_results = with_log_gradient(
                         of_results,
                         blocks.pick(of_log, *at),
                         blocks.pick(ratio[2], *at),
@@ -388,7 +351,7 @@ def causal_walk(
     output, log_normalizer, maximum, sums = attend(
         state.maximum, state.sums, *inputs, *tensors
     )
-    count = state.count + _count(key, key_mask)
+    count = state.count + count_visible(key, key_mask)
     state = AttentionState(tf.stop_gradient(maximum), sums, count)
     return output, log_normalizer, state
 
@@ -418,7 +381,7 @@ def step(query, key, value, feature_map, state, *, key_mask=None, decay=None):
         )
     maximum, sums = state.maximum, state.sums
     if decay is not None:
-        decay = _visible_decay(decay, key_mask)[:, 0]
+        decay = visible_decay(decay, key_mask)[:, 0]
         if feature_map.positive:
             maximum -= decay
         else:
@@ -430,113 +393,17 @@ def step(query, key, value, feature_map, state, *, key_mask=None, decay=None):
     if key_mask is not None:
         keep = tf.cast(key_mask, "bool")[:, tf.newaxis, :, tf.newaxis]
     after = _absorb(feature_map, maximum, sums, key, value, keep)
-    state = AttentionState(*after, state.count + _count(key[:, 0], key_mask))
+    state = AttentionState(
+        *after, state.count + count_visible(key[:, 0], key_mask)
+    )
     count = None
     if not feature_map.positive:
         count = state.count[:, tf.newaxis, tf.newaxis, tf.newaxis]
         if decay is not None:
             # As in `_chunked_fading`.
             count = after[1][..., -1:, -1:] / feature_map(query)[..., -1:]
-    output, _ = _divide(_read(feature_map, query, *after), count)
+    output, _ = divide(_read(feature_map, query, *after), count)
     return tf.transpose(output, (0, 2, 1, 3)), state
-
-
-def quadratic(
-    query,
-    key,
-    value,
-    feature_map,
-    *,
-    key_mask=None,
-    attention_mask=None,
-    use_causal_mask=False,
-    decay=None,
-    kernel=None,
-    window=0,
-):
-    """The same estimate with the attention matrix formed; takes any mask.
-
-    O(query_length · key_length) time and memory.
-
-    Args:
-        query, key, value, feature_map, key_mask: as in `bidirectional`.
-        attention_mask: boolean, broadcast to
-            `(batch, heads, query_length, key_length)`; or `None`.
-        use_causal_mask: whether query t sees keys 0 … t only.
-        decay: `(batch, key_length, heads, 1)` as in `causal`; a key after the
-            query fades by the decay of the tokens from there to itself.
-        kernel, window: as in `distance.near_field`, or `None`.
-
-    Returns:
-        Outputs as in `bidirectional`, and the attention weights
-        `(batch, heads, query_length, key_length)`.
-    """
-    query, key, value = (
-        tf.transpose(x, (0, 2, 1, 3)) for x in (query, key, value)
-    )
-    visible = tf.ones((size_of(query, 2), size_of(key, 2)), "bool")
-    visible = visible[tf.newaxis, tf.newaxis]
-    keep = None
-    if use_causal_mask:
-        visible = tf.linalg.band_part(visible, -1, 0)
-    if attention_mask is not None:
-        visible = tf.logical_and(visible, tf.cast(attention_mask, "bool"))
-    if key_mask is not None:
-        seen = tf.cast(key_mask, "bool")[:, tf.newaxis, tf.newaxis]
-        visible = tf.logical_and(visible, seen)
-        keep = tf.linalg.matrix_transpose(seen)
-        value = tf.where(keep, value, 0.0)
-    log_fading, near = 0.0, None
-    if decay is not None:
-        decay = swap_heads(_visible_decay(decay, key_mask))
-        log_fading = _log_fading(decay, size_of(query, 2))
-    if kernel is not None:
-        near = _near(query, key, key_mask, window)
-        kept_key = key if keep is None else tf.where(keep, key, 0.0)
-        exact = _exact_logits(kernel, query, kept_key) + log_fading
-        # The kernel leaves out the same factor of each query.
-        log_query = _query_features(feature_map, query)
-    else:
-        log_query = feature_map(query)
-    log_key = _key_features(feature_map, key, keep)
-    query, key = log_query, log_key
-    if feature_map.positive:
-        maximum = _maximum(log_key)
-        query = _exp_query(log_query, maximum)
-        key = _exp_key(log_key, maximum)
-    scores = tf.matmul(query, key, transpose_b=True)
-    if decay is not None:
-        scores *= tf.exp(log_fading)
-    if near is not None:
-        # One scale for both, the larger of theirs.
-        scale = row_maximum(log_query + maximum[..., tf.newaxis, :])
-        exact = tf.where(near & visible, exact, FLOOR)
-        top = tf.maximum(scale, row_maximum(exact))
-        scores = tf.where(
-            near, tf.exp(exact - top), scores * tf.exp(scale - top)
-        )
-    scores = tf.where(visible, scores, 0.0)
-    total = tf.reduce_sum(scores, axis=-1, keepdims=True)
-    if feature_map.positive:
-        sees = tf.reduce_any(visible, axis=-1, keepdims=True)
-
-        def exact_weights():
-            logits = _pairwise_logits(log_query, log_key) + log_fading
-            if near is not None:
-                logits = tf.where(near, exact, logits)
-            return _exact_weights(logits, visible, scores)
-
-        weights = tf.cond(
-            _is_exact(total, sees),
-            lambda: safe_ratio(scores, total),
-            exact_weights,
-        )
-    else:
-        shares = tf.where(visible, tf.exp(log_fading), 0.0)
-        count = tf.reduce_sum(shares, -1, keepdims=True)
-        weights = scores / _guarded(total, count)
-    output = tf.matmul(weights, value)
-    return tf.transpose(output, (0, 2, 1, 3)), weights
 
 
 def _optional(function, x, *arguments):
@@ -552,42 +419,42 @@ def _at(count, group):
 
 def _absorb(feature_map, maximum, sums, key, value, keep):
     """Maximum and sums after a block of keys."""
-    features = _key_features(feature_map, key, keep)
+    features = key_features(feature_map, key, keep)
     if feature_map.positive:
-        after = _maximum(features, maximum)
+        after = maximum_of(features, maximum)
         sums *= tf.exp(maximum - after)[..., tf.newaxis, :]
-        features, maximum = _exp_key(features, after), after
-    value = _with_ones(value, keep)
+        features, maximum = exp_key(features, after), after
+    value = with_ones(value, keep)
     return maximum, sums + tf.matmul(value, features, transpose_a=True)
 
 
 def _sums(feature_map, key, value, keep, maximum):
     """What a block of keys adds to sums relative to the final maximum."""
-    features = _key_features(feature_map, key, keep)
+    features = key_features(feature_map, key, keep)
     if feature_map.positive:
-        features = _exp_key(features, maximum)
-    return tf.matmul(_with_ones(value, keep), features, transpose_a=True)
+        features = exp_key(features, maximum)
+    return tf.matmul(with_ones(value, keep), features, transpose_a=True)
 
 
 def _read(feature_map, query, maximum, sums):
     """Numerators and normaliser of a block of queries."""
-    features = _query_features(feature_map, query)
+    features = query_features(feature_map, query)
     if feature_map.positive:
-        features = _exp_query(features, maximum)
+        features = exp_query(features, maximum)
     return tf.matmul(features, sums, transpose_b=True)
 
 
 def _causal_block(feature_map, inputs, keep, maximum, sums):
     """Numerators and normalisers of a block, and the carry after it."""
     query, key, value = inputs
-    query = _query_features(feature_map, query)
-    key = _key_features(feature_map, key, keep)
+    query = query_features(feature_map, query)
+    key = key_features(feature_map, key, keep)
     if feature_map.positive:
-        after = _maximum(key, maximum)
-        query, key = _exp_query(query, after), _exp_key(key, after)
+        after = maximum_of(key, maximum)
+        query, key = exp_query(query, after), exp_key(key, after)
         sums *= tf.exp(maximum - after)[..., tf.newaxis, :]
         maximum = after
-    results, sums = _chunked(query, key, _with_ones(value, keep), sums)
+    results, sums = _chunked(query, key, with_ones(value, keep), sums)
     return results, (maximum, sums)
 
 
@@ -598,26 +465,26 @@ def fading_block(feature_map, inputs, keep, maximum, sums):
     within a chunk or a block, so that no running sum grows with the length.
     """
     query, key, value, decay = inputs
-    query = _query_features(feature_map, query)
-    key = _key_features(feature_map, key, keep)
+    query = query_features(feature_map, query)
+    key = key_features(feature_map, key, keep)
     scale = tf.zeros_like(query[..., :1])
     if feature_map.positive:
-        top = _maximum(key, maximum)
+        top = maximum_of(key, maximum)
         scale = row_maximum(query + top[..., tf.newaxis, :])
-        query, log_key = _exp_query(query, top), key
-        key = _exp_key(key, top)
+        query, log_key = exp_query(query, top), key
+        key = exp_key(key, top)
         sums *= tf.exp(maximum - top)[..., tf.newaxis, :]
-    value = _with_ones(value, keep)
+    value = with_ones(value, keep)
     results, sums, rest, total = _chunked_fading(
         query, key, value, decay, sums, not feature_map.positive
     )
     if feature_map.positive:
         # The state's scale fades with it, lest an old key hide later ones.
-        maximum = _maximum(log_key - rest, maximum - total[..., 0])
+        maximum = maximum_of(log_key - rest, maximum - total[..., 0])
         excess = top - maximum
-        sums *= tf.exp(tf.minimum(excess, _MOST_EXCESS))[..., tf.newaxis, :]
+        sums *= tf.exp(tf.minimum(excess, MOST_EXCESS))[..., tf.newaxis, :]
         # Where keys below the block's scale were lost, no row counts as exact.
-        is_kept = tf.reduce_all(excess < _MOST_EXCESS)
+        is_kept = tf.reduce_all(excess < MOST_EXCESS)
         results *= tf.cast(is_kept, tf.float32)
     return tf.concat([results, scale], axis=-1), (maximum, sums)
 
@@ -636,7 +503,7 @@ def _strict_block(feature_map, inputs, keep, maximum, sums):
     output, log_normalizer, after = causal_walk(
         _exact_block, inputs, feature_map, mask, state, blocks
     )
-    results = [_with_ones(swap_heads(output), None), swap_heads(log_normalizer)]
+    results = [with_ones(swap_heads(output), None), swap_heads(log_normalizer)]
     return tf.concat(results, axis=-1), (after.maximum, after.sums)
 
 
@@ -647,9 +514,9 @@ def _exact_block(feature_map, inputs, keep, maximum, sums):
     normaliser is at least one.
     """
     query, key, value, *decay = inputs
-    query = _query_features(feature_map, query)
-    key = _key_features(feature_map, key, keep)
-    value = _with_ones(value, keep)
+    query = query_features(feature_map, query)
+    key = key_features(feature_map, key, keep)
+    value = with_ones(value, keep)
     elapsed = tf.cumsum(decay[0] if decay else 0.0 * query[..., :1], axis=2)
     query -= elapsed
     past = query + maximum[:, :, tf.newaxis]
@@ -666,9 +533,9 @@ def _exact_block(feature_map, inputs, keep, maximum, sums):
     results += tf.matmul(weights, value)
     total = elapsed[:, :, -1]
     key -= total[:, :, tf.newaxis]
-    after = _maximum(key, maximum - total)
+    after = maximum_of(key, maximum - total)
     sums *= tf.exp(maximum - total - after)[..., tf.newaxis, :]
-    sums += tf.matmul(value, _exp_key(key, after), transpose_a=True)
+    sums += tf.matmul(value, exp_key(key, after), transpose_a=True)
     return tf.concat([results, scale], axis=-1), (after, sums)
 
 
@@ -743,203 +610,6 @@ def _fading(elapsed):
     return tf.where(visible, tf.exp(-tf.where(visible, decay, 0.0)), 0.0)
 
 
-def _near(query, key, key_mask, window):
-    """Which `(batch, 1, t, s)` are less than `window` visible keys apart."""
-    queries, keys = size_of(query, 2), size_of(key, 2)
-    if key_mask is None:
-        counts = tf.range(keys)[tf.newaxis]
-    else:
-        counts = visible_tokens.running_count(key_mask)
-    of_query = tf.gather(
-        counts, tf.minimum(tf.range(queries), keys - 1), axis=1
-    )
-    distance = of_query[..., tf.newaxis] - counts[:, tf.newaxis]
-    return (tf.abs(distance) < window)[:, tf.newaxis]
-
-
-def _exact_logits(kernel, query, key):
-    """Logarithms of an `ExactKernel`, `(batch, heads, t, s)`."""
-    query = tf.einsum("bhtcd->bhctd", kernel.queries(query))
-    key = tf.einsum("bhscd->bhcds", kernel.keys(key))
-    return tf.reduce_logsumexp(feature_maps.precise_product(query, key), axis=2)
-
-
-def _log_fading(decay, query_length):
-    """`(batch, heads, t, s)`: minus the decay between query t and key s."""
-    # One running sum here, so in float64.
-    elapsed = tf.cumsum(tf.cast(decay, tf.float64), axis=2)
-    elapsed = tf.pad(elapsed, [(0, 0), (0, 0), (1, 0), (0, 0)])
-    keys, queries = tf.range(size_of(decay, 2)), tf.range(query_length)
-    last = tf.minimum(queries + 1, size_of(decay, 2))
-    difference = tf.gather(elapsed, last, axis=2)
-    difference -= tf.linalg.matrix_transpose(elapsed[:, :, 1:])
-    is_past = queries[:, tf.newaxis] >= keys
-    difference = tf.where(is_past, -difference, difference)
-    return tf.cast(difference, tf.float32)
-
-
-def _visible_decay(decay, key_mask):
-    """The decay of tokens that are seen; a padded one may hold anything."""
-    if key_mask is None:
-        return decay
-    keep = tf.cast(key_mask, "bool")[:, :, tf.newaxis, tf.newaxis]
-    return tf.where(keep, decay, 0.0)
-
-
-def absolute_log(normalizer, scale):
-    """Logarithm of a normaliser that was divided by exp(scale)."""
-    visible = normalizer > 0.0
-    logarithm = tf.math.log(tf.where(visible, normalizer, 1.0)) + scale
-    return tf.where(visible, logarithm, FLOOR)
-
-
-def _with_log_gradient(of_sums, of_log, normalizer):
-    """Gradient to sums and scale, the logarithm's part added."""
-    visible = normalizer > 0.0
-    of_log = tf.where(visible, of_log, 0.0)
-    of_normalizer = of_log / tf.where(visible, normalizer, 1.0)
-    return tf.concat(
-        [of_sums[..., :-1], of_sums[..., -1:] + of_normalizer, of_log], axis=-1
-    )
-
-
-def _query_features(feature_map, query):
-    """Features up to a factor of each query, which the ratio cancels."""
-    return getattr(feature_map, "relative", feature_map)(query)
-
-
-def _key_features(feature_map, key, keep):
-    features = feature_map(key)
-    if keep is None:
-        return features
-    # Selected, not multiplied: a padded row may hold anything, NaN too.
-    return tf.where(keep, features, FLOOR if feature_map.positive else 0.0)
-
-
-def _with_ones(value, keep):
-    value = tf.concat([value, tf.ones_like(value[..., :1])], axis=-1)
-    return value if keep is None else tf.where(keep, value, 0.0)
-
-
-# The scales cancel in the ratio, so gradients treat them as constants and are
-# exact.
-
-
-def _maximum(log_key, past=None):
-    """Maximum of each log-feature over the keys and the past."""
-    maximum = tf.reduce_max(log_key, axis=-2)
-    if past is not None:
-        maximum = tf.maximum(maximum, past)
-    return tf.stop_gradient(maximum)
-
-
-def row_maximum(log_query):
-    """Maximum over the last axis, which is kept."""
-    return tf.stop_gradient(tf.reduce_max(log_query, axis=-1, keepdims=True))
-
-
-def _exp_key(log_key, maximum):
-    return tf.exp(log_key - maximum[..., tf.newaxis, :])
-
-
-def _exp_query(log_query, maximum):
-    log_query += maximum[..., tf.newaxis, :]
-    return tf.exp(log_query - row_maximum(log_query))
-
-
-def _divide(sums, count=None):
-    """Numerator over normaliser, and the normaliser.
-
-    `count`, the number of visible keys, marks signed features.
-    """
-    numerator, normalizer = sums[..., :-1], sums[..., -1:]
-    return numerator * _inverse(normalizer, count), normalizer
-
-
-def _divide_gradient(upstream, output, normalizer, count):
-    """Gradient to sums, from the saved results of `_divide`."""
-    inverse = _inverse(normalizer, count)
-    of_normalizer = -inverse * tf.reduce_sum(
-        upstream * output, axis=-1, keepdims=True
-    )
-    if count is not None:
-        moves = tf.abs(normalizer) >= _SIGNED_LIMIT * count
-        of_normalizer = tf.where(moves, of_normalizer, 0.0)
-    return tf.concat([upstream * inverse, of_normalizer], axis=-1)
-
-
-def _inverse(normalizer, count):
-    if count is not None:
-        return tf.where(count > 0.0, 1.0 / _guarded(normalizer, count), 0.0)
-    visible = normalizer > 0.0
-    return tf.where(visible, 1.0 / tf.where(visible, normalizer, 1.0), 0.0)
-
-
-def safe_ratio(numerator, normalizer):
-    """A ratio that is zero where the normaliser is."""
-    visible = normalizer > 0.0
-    ratio = numerator / tf.where(visible, normalizer, 1.0)
-    return tf.where(visible, ratio, 0.0)
-
-
-def _guarded(normalizer, count):
-    """A signed normaliser kept away from zero; 1 where nothing is seen."""
-    limit = _SIGNED_LIMIT * tf.where(count > 0.0, count, 1.0 / _SIGNED_LIMIT)
-    magnitude = tf.maximum(tf.abs(normalizer), limit)
-    return tf.where(normalizer < 0.0, -magnitude, magnitude)
-
-
-def _is_exact(sums, sees):
-    """Whether no row that sees a key came near underflow."""
-    exact = tf.stop_gradient(sums[..., -1:]) > _UNDERFLOW
-    if sees is not None:
-        exact |= tf.logical_not(sees)
-    return tf.reduce_all(exact)
-
-
-def _exact_weights(logits, visible, scores):
-    """Attention weights of the shape of scores, from logits of any range."""
-    logits = tf.where(visible, logits, FLOOR)
-    logits -= row_maximum(logits)
-    weights = tf.where(visible, tf.exp(logits), 0.0)
-    weights = safe_ratio(weights, tf.reduce_sum(weights, -1, keepdims=True))
-    return tf.ensure_shape(weights, scores.shape)
-
-
-@written_gradient
-def _pairwise_logits(query, key):
-    """log Σ_f exp(query_tf + key_sf), one feature at a time."""
-    features = (
-        tf.transpose(query, (3, 0, 1, 2))[..., tf.newaxis],
-        tf.transpose(key, (3, 0, 1, 2))[..., tf.newaxis, :],
-    )
-    sizes = query.shape[-1], 1
-    zeros = tf.zeros_like(features[0][0] + features[1][0])
-
-    def accumulate(index, _, carry):
-        pair = features[0][index] + features[1][index]
-        scale = tf.maximum(carry[0], pair)
-        total = carry[1] * tf.exp(carry[0] - scale) + tf.exp(pair - scale)
-        return (), (), (scale, total)
-
-    start = zeros + FLOOR, zeros
-    _, _, (scale, total) = walk(accumulate, sizes, start)
-    logits = scale + tf.math.log(total)
-
-    def gradient(upstream):
-        def one(index, *_):
-            pair = features[0][index] + features[1][index]
-            share = upstream * tf.exp(pair - logits)
-            sums = tf.reduce_sum(share, -1), tf.reduce_sum(share, -2)
-            return sums, (), ()
-
-        (of_query, of_key), _, _ = walk(one, sizes, (), results=2)
-        back = (1, 2, 3, 0)
-        return tf.transpose(of_query, back), tf.transpose(of_key, back)
-
-    return logits, gradient
-
-
 def _unbind(feature_map):
     """A bound map's tensors, and the map again from such tensors."""
     fields = tuple(getattr(feature_map, "_fields", ()))
@@ -965,10 +635,3 @@ def _nothing(keys, value, feature_map):
 
 def _add(carry, others):
     return [a + b for a, b in zip(carry, others, strict=True)]
-
-
-def _count(key, key_mask):
-    """Visible keys, `(batch,)`."""
-    if key_mask is None:
-        return tf.fill((size_of(key, 0),), tf.cast(size_of(key, 1), tf.float32))
-    return tf.reduce_sum(tf.cast(key_mask, tf.float32), axis=1)

@@ -11,7 +11,6 @@ with means a, b, and T such that q' and k' have the same second moments, which
 are diagonal and of the least possible trace (the matrix form of the balancing
 in SADERF, arXiv 2302.00787), and from there by descent of the measured errors.
 T, a and b are folded into the projections, so the layer is as fast as before.
-`distil` trains the spectral prior on a teacher's attention, layer by layer.
 """
 
 from typing import NamedTuple
@@ -20,15 +19,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kt import (
-    _checks,
-    attention_errors,
-    feature_maps,
-    priors,
-)
-from keras_kt.conversion import kept_losses, replace_layer
+from keras_kt import _checks, priors
+from keras_kt.conversion import errors
+from keras_kt.conversion.surgery import replace_layer
+from keras_kt.features import PositiveFeatures
 
-TARGETS = ("output", "matrix")
 # Second moments are regularised by this share of their mean eigenvalue.
 _SHRINKAGE = 1e-4
 # Of the gradient descent, in units of T and of a token's deviation.
@@ -46,8 +41,8 @@ class CalibrationReport(NamedTuple):
         notes: what could not be done, by layer.
     """
 
-    before: attention_errors.AttentionErrors
-    after: attention_errors.AttentionErrors
+    before: errors.AttentionErrors
+    after: errors.AttentionErrors
     notes: dict
 
     def __str__(self):
@@ -99,7 +94,7 @@ def calibrate(model, data, *, budget=None, batches=1, steps=300):
     """
     budget = _checks.number("budget", budget, optional=True)
     steps = _checks.integer("steps", steps, minimum=0)
-    captured = attention_errors.capture(model, data, batches)
+    captured = errors.capture(model, data, batches)
     if budget is not None:
         least = max(2 * item.layer.key_dim for item in captured)
         if budget < least:
@@ -107,7 +102,7 @@ def calibrate(model, data, *, budget=None, batches=1, steps=300):
                 "`budget` must be at least one block of features, 2 · key_dim. "
                 f"Received: budget={budget:g}, and a layer needs {least}."
             )
-    before = attention_errors.errors_of(captured)
+    before = errors.errors_of(captured)
     notes, moved, unmoved = {}, [], set()
     for item in captured:
         reason = _cannot_move(item.layer)
@@ -128,101 +123,14 @@ def calibrate(model, data, *, budget=None, batches=1, steps=300):
             item if item.path in unmoved else _descend(item, steps)
             for item in moved
         ]
-    after = attention_errors.errors_of(moved)
+    after = errors.errors_of(moved)
     return CalibrationReport(before, after, notes)
-
-
-def distil(
-    student,
-    teacher,
-    data,
-    *,
-    steps=100,
-    learning_rate=1e-2,
-    target="output",
-    train_projections=False,
-):
-    """Trains converted layers to attend as the teacher's do.
-
-    Each layer is given the inputs that the teacher's has, so layers learn in
-    parallel and errors do not accumulate. Only spectral priors and feature maps
-    are trained, and the query and key projections if asked for: fine-tune the
-    whole with `fit` afterwards. O(length²).
-
-    Args:
-        student: a model from `convert_attention`, changed in place.
-        teacher: the model that was converted.
-        data: as in `attention_error`; batches are repeated as needed.
-        steps: number of batches to train on.
-        learning_rate: of Adam, a number or a schedule.
-        target: `"output"` (default): relative squared error of the heads'
-            outputs. `"matrix"`: cross-entropy of the attention weights.
-        train_projections: whether query and key projections are trained too.
-
-    Returns:
-        The loss of each step, a list of dictionaries by layer.
-
-    Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
-    >>> softmax = keras.Model(x, y)
-    >>> linear, _ = keras_kt.convert_attention(softmax)
-    >>> batch = np.random.normal(size=(1, 50, 8)).astype("float32")
-    >>> history = keras_kt.distil(linear, softmax, batch, steps=3)
-    >>> len(history), list(history[0])
-    (3, ['attention'])
-    """
-    target = _checks.choice("target", target, TARGETS)
-    steps = _checks.integer("steps", steps, minimum=0)
-    train_projections = _checks.boolean("train_projections", train_projections)
-    schedules = keras.optimizers.schedules.LearningRateSchedule
-    if not isinstance(learning_rate, schedules):
-        learning_rate = _checks.number("learning_rate", learning_rate)
-    pairs = attention_errors.pairs_of_layers(student, teacher)
-    variables = []
-    for _, layer, _ in pairs:
-        variables += layer.spectral_prior.trainable_variables
-        variables += layer.feature_map.trainable_variables
-        if train_projections:
-            variables += layer.query_dense.trainable_variables
-            variables += layer.key_dense.trainable_variables
-    if not variables:
-        raise ValueError(
-            "`distil` needs something to train. Received: layers whose priors "
-            "have no trainable weights. Use train_projections=True, or convert "
-            "with another `spectral_prior`."
-        )
-    optimizer = keras.optimizers.Adam(learning_rate)
-    optimizer.build(variables)
-
-    @tf.function(reduce_retracing=True)
-    def step(inputs):
-        with tf.GradientTape() as tape:
-            losses = {
-                path: _loss(item, target)
-                for path, item in attention_errors.teach(pairs, teacher, inputs)
-            }
-            total = tf.add_n(list(losses.values()))
-        gradients = tape.gradient(
-            total, variables, unconnected_gradients="zero"
-        )
-        optimizer.apply_gradients(zip(gradients, variables, strict=True))
-        return losses
-
-    history = []
-    for inputs in _repeated(data, steps):
-        inputs = keras.tree.map_structure(tf.convert_to_tensor, inputs)
-        with kept_losses(student):
-            losses = step(inputs)
-        history.append({path: float(loss) for path, loss in losses.items()})
-    return history
 
 
 def _cannot_move(layer):
     """Why the kernel would not survive a change of coordinates, or `None`."""
     prior, feature_map = layer.spectral_prior, layer.feature_map
-    is_softmax = isinstance(feature_map, feature_maps.PositiveFeatures) and (
+    is_softmax = isinstance(feature_map, PositiveFeatures) and (
         feature_map.prefactor in ("softmax", "tilted")
     )
     if not is_softmax or not isinstance(prior, priors.NormalPrior):
@@ -293,7 +201,7 @@ def _unchanged(layer):
 def _can_shift(layer):
     """Whether queries and keys can be shifted without a change of weights."""
     keys = layer.key_dense.bias is not None
-    tilted = attention_errors.has_tilt(layer) and layer.spectral_prior.per_head
+    tilted = errors.has_tilt(layer) and layer.spectral_prior.per_head
     return keys and tilted, keys
 
 
@@ -314,7 +222,7 @@ def _squared_weights(item):
 def _least_variance(item, weights):
     """Means a, b and the map T of least variance, of weighed tokens."""
     layer, scale = item.layer, item.layer.key_dim**-0.25
-    tokens = attention_errors.visible_tokens(item)
+    tokens = errors.visible_tokens(item)
     if weights is None:
         weights = [np.ones(x.shape[:2]) for x in tokens]
     weights = [w / np.sum(w, axis=1, keepdims=True) for w in weights]
@@ -372,7 +280,7 @@ def _sums_of_squares(layer, change, query, key, value, visible, weights):
     """By head: errors of the matrix and of the output, then both's norms."""
     change = _Change(*(tf.cast(x, tf.float32) for x in change))
     inverse = tf.linalg.matrix_transpose(tf.linalg.inv(change.maps))
-    output, estimated = attention_errors.estimate(
+    output, estimated = errors.estimate(
         layer,
         tf.einsum("bthd,hed->bthe", query - change.shift_q, change.maps),
         tf.einsum("bthd,hed->bthe", key - change.shift_k, inverse),
@@ -408,9 +316,7 @@ def _new_mean(layer, change):
 def _refined(item, change, steps):
     """Gradient descent of the error from a change of coordinates."""
     layer = item.layer
-    scales = [
-        np.std(x, axis=1) + 1e-6 for x in attention_errors.visible_tokens(item)
-    ]
+    scales = [np.std(x, axis=1) + 1e-6 for x in errors.visible_tokens(item)]
     corrections = [tf.Variable(tf.zeros(x.shape)) for x in change]
     start = [tf.constant(x, tf.float32) for x in change]
     scales = [tf.constant(x, tf.float32) for x in scales]
@@ -517,10 +423,9 @@ def _spend(items, budget):
             count = 2 * item.layer.key_dim * blocks
             if count <= budget * len(items):
                 prior = _prior_with(item.layer, count)
-                errors = [
-                    h.matrix for h in attention_errors.head_errors(item, prior)
-                ]
-                by_count[count] = prior, float(np.mean(errors))
+                found = errors.head_errors(item, prior)
+                found = [head.matrix for head in found]
+                by_count[count] = prior, float(np.mean(found))
         choices.append(by_count)
     spent = [min(by_count) for by_count in choices]
     while True:
@@ -563,28 +468,3 @@ def _prior_with(layer, num_features):
     ):
         ours.assign(theirs)
     return prior
-
-
-def _loss(item, target):
-    output, weights = attention_errors.estimate(item.layer, *item[2:6])
-    if target == "matrix":
-        log_weights = tf.math.log(tf.maximum(weights, 1e-9))
-        rows = tf.reduce_any(item.visible, axis=-1)
-        count = tf.reduce_sum(
-            tf.cast(rows, tf.float32) * tf.ones_like(weights[..., 0])
-        )
-        return -tf.reduce_sum(item.weights * log_weights) / count
-    exact = tf.einsum("bhts,bshe->bthe", item.weights, item.value)
-    axes = (0, 1, 3)
-    error = tf.reduce_sum(tf.square(output - exact), axes)
-    return tf.reduce_mean(error / (tf.reduce_sum(exact**2, axes) + 1e-9))
-
-
-def _repeated(data, steps):
-    """`steps` batches, from the start again when data end."""
-    if isinstance(data, tf.data.Dataset):
-        yield from attention_errors.input_batches(data.repeat(), steps)
-        return
-    batches = attention_errors.input_batches(data, steps)
-    for number in range(steps):
-        yield batches[number % len(batches)]

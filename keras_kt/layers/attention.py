@@ -1,13 +1,12 @@
 """KernelizedAttention: MultiHeadAttention's contract at O(length) cost.
 
 Projections, masks and the redraw policy live here; what is computed lives in
-`feature_maps` and `linear_attention`. Inside, tensors are
+`features` and `ops`. Inside, tensors are
 `(batch, length, heads, head_dim)`; other attention axes are folded into the
 batch or the length.
 """
 
 import functools
-import math
 import string
 import warnings
 
@@ -15,14 +14,22 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kt import (
-    _checks,
-    distance,
-    feature_maps,
-    linear_attention,
-    priors,
-    states,
+from keras_kt import _checks, features, priors
+from keras_kt.layers.axes import (
+    Folding,
+    as_axes,
+    both,
+    check_one_axis,
+    check_shapes,
+    check_tensors,
+    mask_of,
+    match_length,
+    resolve_axes,
+    select_rows,
+    vector_mask,
 )
+from keras_kt.layers.scaling import Decay, UnitNorm
+from keras_kt.ops import linear, quadratic, states, window
 
 IMPLEMENTATIONS = ("auto", "linear", "quadratic")
 # Up to about this length the matrix is as fast as the linear form or faster,
@@ -225,7 +232,7 @@ class KernelizedAttention(keras.layers.Layer):
         # Not a public attribute: Functional models have one of that name.
         self._output_shape = _as_shape(output_shape)
         # As given: what "all axes" and negative ones are, the rank decides.
-        self._given_axes = _as_axes(attention_axes)
+        self._given_axes = as_axes(attention_axes)
         self._attention_axes = self._given_axes
         # Under MultiHeadAttention's private name too, which its tests read.
         self._sliding_window = self.sliding_window
@@ -239,7 +246,7 @@ class KernelizedAttention(keras.layers.Layer):
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
         self._recipes = _Recipes(
-            priors.get(spectral_prior), feature_maps.get(feature_map)
+            priors.get(spectral_prior), features.get(feature_map)
         )
         self._check_near_field()
         self._resolve_num_features()
@@ -299,7 +306,7 @@ class KernelizedAttention(keras.layers.Layer):
 
     def _check_near_field(self):
         prior, feature_map = self.spectral_prior, self.feature_map
-        is_positive = isinstance(feature_map, feature_maps.PositiveFeatures)
+        is_positive = isinstance(feature_map, features.PositiveFeatures)
         if self.near_field and not (is_positive and prior.is_gaussian):
             raise ValueError(
                 "`near_field` needs a kernel in closed form: positive features "
@@ -311,7 +318,7 @@ class KernelizedAttention(keras.layers.Layer):
 
     def build(self, query_shape, value_shape, key_shape=None):
         key_shape = value_shape if key_shape is None else key_shape
-        _check_shapes(query_shape, value_shape, key_shape)
+        check_shapes(query_shape, value_shape, key_shape)
         rank = len(query_shape)
         if len(value_shape) != rank:
             raise ValueError(
@@ -319,7 +326,7 @@ class KernelizedAttention(keras.layers.Layer):
                 f"query_shape={tuple(query_shape)} and "
                 f"value_shape={tuple(value_shape)}"
             )
-        self._attention_axes = _resolve_axes(self._given_axes, rank)
+        self._attention_axes = resolve_axes(self._given_axes, rank)
         heads_in = (self.num_heads, self.key_dim)
         heads_out = (self.num_heads, self.value_dim)
         self._query_dense = self._project("query", query_shape, heads_in)
@@ -340,11 +347,11 @@ class KernelizedAttention(keras.layers.Layer):
         )
         self._build_kernel()
         if self.decay:
-            _check_one_axis("decay", self.decay, self._attention_axes)
-            self._decay = _Decay(self.decay == "gated", name="decay")
+            check_one_axis("decay", self.decay, self._attention_axes)
+            self._decay = Decay(self.decay == "gated", name="decay")
             self._decay.build((self.num_heads, key_shape[-1]))
         if self.near_field:
-            _check_one_axis("near_field", self.near_field, self._attention_axes)
+            check_one_axis("near_field", self.near_field, self._attention_axes)
         self.built = True
 
     def _build_kernel(self):
@@ -361,7 +368,7 @@ class KernelizedAttention(keras.layers.Layer):
         # Some priors know only now whether they have what the map needs.
         self._feature_map.validate(self._spectral_prior)
         if self.qk_norm:
-            self._qk_norm = _UnitNorm(name="qk_norm")
+            self._qk_norm = UnitNorm(name="qk_norm")
             self._qk_norm.build(self.num_heads)
         if self.redraw == "step":
             offset = None if self.seed is None else self.seed + 2
@@ -411,14 +418,14 @@ class KernelizedAttention(keras.layers.Layer):
         value_mask = mask_of(value, value_mask)
         key_mask = key_mask if key is None else mask_of(key, key_mask)
         key = value if key is None else key
-        _check_tensors(query, value, key)
+        check_tensors(query, value, key)
         query_mask = self._check_mask("query_mask", query_mask, query)
         value_mask = self._check_mask("value_mask", value_mask, value)
         key_mask = self._check_mask("key_mask", key_mask, key)
-        key_mask = _both(value_mask, key_mask)
-        shared_mask = _vector_mask(attention_mask, query)
+        key_mask = both(value_mask, key_mask)
+        shared_mask = vector_mask(attention_mask, query)
         if shared_mask is not None:
-            key_mask, attention_mask = _both(key_mask, shared_mask), None
+            key_mask, attention_mask = both(key_mask, shared_mask), None
         output, scores = self._attend(
             query,
             value,
@@ -467,11 +474,11 @@ class KernelizedAttention(keras.layers.Layer):
         # What is selected has no Keras mask, of whose loss the projections
         # would warn; the caller's tensors keep theirs.
         if query_mask is not None:
-            query = _select_rows(query, query_mask)
+            query = select_rows(query, query_mask)
         if key_mask is not None:
             same = key is value
-            value = _select_rows(value, key_mask)
-            key = value if same else _select_rows(key, key_mask)
+            value = select_rows(value, key_mask)
+            key = value if same else select_rows(key, key_mask)
         if self.decay:
             kwargs["decay"] = self._decay(key)
         heads, scores = self._compute_attention(
@@ -527,7 +534,7 @@ class KernelizedAttention(keras.layers.Layer):
                 f"attention_axes={axes}. Flatten the axes, or pass an "
                 "`attention_mask`."
             )
-        folding = _Folding(query, value, axes)
+        folding = Folding(query, value, axes)
         if attention_mask is not None:
             attention_mask = folding.fold_dense_mask(attention_mask)
         needs_matrix = self._needs_matrix(
@@ -535,7 +542,7 @@ class KernelizedAttention(keras.layers.Layer):
         )
         if self.sliding_window is not None:
             band = folding.band(self.sliding_window)
-            attention_mask = _both(attention_mask, band)
+            attention_mask = both(attention_mask, band)
         folded_key_mask = folding.fold_mask(key_mask, folding.key_sizes)
         q, k, feature_map, kernel = self._kernel_inputs(
             folding.fold(query), folding.fold(key), training
@@ -545,7 +552,7 @@ class KernelizedAttention(keras.layers.Layer):
             decay = folding.fold(decay)
         scores = None
         if needs_matrix or self._prefers_matrix(q, k):
-            heads, scores = linear_attention.quadratic(
+            heads, scores = quadratic.quadratic(
                 q,
                 k,
                 v,
@@ -558,15 +565,15 @@ class KernelizedAttention(keras.layers.Layer):
                 window=self.near_field,
             )
         elif use_causal_mask:
-            folded_key_mask, k, v, decay = _match_length(
+            folded_key_mask, k, v, decay = match_length(
                 q, folded_key_mask, k, v, decay
             )
             tokens = q, k, v, feature_map
             masks = {"key_mask": folded_key_mask, "decay": decay}
             if kernel is None:
-                heads, _ = linear_attention.causal(*tokens, **masks)
+                heads, _ = linear.causal(*tokens, **masks)
             else:
-                heads, _ = distance.near_field(
+                heads, _ = window.near_field(
                     *tokens,
                     kernel,
                     self.near_field,
@@ -574,7 +581,7 @@ class KernelizedAttention(keras.layers.Layer):
                     **masks,
                 )
         elif decay is None and kernel is None:
-            heads = linear_attention.bidirectional(
+            heads = linear.bidirectional(
                 q, k, v, feature_map, key_mask=folded_key_mask
             )
         else:
@@ -609,14 +616,14 @@ class KernelizedAttention(keras.layers.Layer):
         if static is None or static != key.shape[1]:
             missing = tf.maximum(tf.shape(key)[1] - length, 0)
             query = tf.pad(query, [(0, 0), (0, missing), (0, 0), (0, 0)])
-        key_mask, key, value, decay = _match_length(
+        key_mask, key, value, decay = match_length(
             query, key_mask, key, value, decay
         )
         tokens = query, key, value, feature_map
         if kernel is None:
-            heads = distance.fading(*tokens, decay, key_mask=key_mask)
+            heads = window.fading(*tokens, decay, key_mask=key_mask)
         else:
-            heads, _ = distance.near_field(
+            heads, _ = window.near_field(
                 *tokens,
                 kernel,
                 self.near_field,
@@ -695,17 +702,17 @@ class KernelizedAttention(keras.layers.Layer):
             built layer.
         """
         if self.near_field:
-            return distance.initial_near_field_state(
+            return window.initial_near_field_state(
                 batch_size, *self._state_sizes()
             )
-        return linear_attention.initial_state(batch_size, *self._state_sizes())
+        return states.initial_state(batch_size, *self._state_sizes())
 
     @property
     def state_shapes(self):
         """Shapes of the state's tensors, as a state; `None` for the batch."""
         if self.near_field:
-            return distance.near_field_state_shapes(*self._state_sizes())
-        return linear_attention.state_shapes(*self._state_sizes())
+            return window.near_field_state_shapes(*self._state_sizes())
+        return states.state_shapes(*self._state_sizes())
 
     def _state_sizes(self):
         num_features, _ = self._resolve_num_features()
@@ -765,14 +772,14 @@ class KernelizedAttention(keras.layers.Layer):
             self.build(query.shape, value.shape, key.shape)
         state = self._check_step(query, value, key, state)
         query_mask = self._check_mask("query_mask", query_mask, query)
-        key_mask = _both(
+        key_mask = both(
             self._check_mask("value_mask", value_mask, value),
             self._check_mask("key_mask", key_mask, key),
         )
         if query_mask is not None:
-            query = _select_rows(query, query_mask)
+            query = select_rows(query, query_mask)
         if key_mask is not None:
-            value, key = (_select_rows(x, key_mask) for x in (value, key))
+            value, key = (select_rows(x, key_mask) for x in (value, key))
         heads, state = self._attend_on_state(
             query, value, key, state, query_mask=query_mask, key_mask=key_mask
         )
@@ -785,7 +792,7 @@ class KernelizedAttention(keras.layers.Layer):
         self, query, value, key, state, *, query_mask, key_mask
     ):
         """Heads `(batch, new_tokens, heads, value_dim)` and the new state."""
-        folding = _Folding(query, value, self._attention_axes)
+        folding = Folding(query, value, self._attention_axes)
         q, k, feature_map, kernel = self._kernel_inputs(
             folding.fold(self._query_dense(query)),
             folding.fold(self._key_dense(key)),
@@ -798,9 +805,9 @@ class KernelizedAttention(keras.layers.Layer):
         }
         tokens = q, k, v, feature_map
         if kernel is None:
-            heads, state = linear_attention.step(*tokens, **rest)
+            heads, state = linear.step(*tokens, **rest)
         else:
-            heads, state = distance.near_field(
+            heads, state = window.near_field(
                 *tokens, kernel, self.near_field, use_causal_mask=True, **rest
             )
         rows = folding.fold_mask(query_mask, folding.query_sizes)
@@ -839,7 +846,7 @@ class KernelizedAttention(keras.layers.Layer):
 
     def compute_output_shape(self, query_shape, value_shape, key_shape=None):
         key_shape = value_shape if key_shape is None else key_shape
-        _check_shapes(query_shape, value_shape, key_shape)
+        check_shapes(query_shape, value_shape, key_shape)
         if self._output_shape:
             return (*query_shape[:-1], *self._output_shape)
         return tuple(query_shape)
@@ -857,7 +864,7 @@ class KernelizedAttention(keras.layers.Layer):
         training=None,
         use_causal_mask=False,
     ):
-        _check_tensors(query, value, value if key is None else key)
+        check_tensors(query, value, value if key is None else key)
         shape = self.compute_output_shape(
             query.shape, value.shape, None if key is None else key.shape
         )
@@ -865,7 +872,7 @@ class KernelizedAttention(keras.layers.Layer):
         if not return_attention_scores:
             return output
         rank = len(query.shape)
-        axes = _resolve_axes(self._given_axes, rank)
+        axes = resolve_axes(self._given_axes, rank)
         free = [axis for axis in range(rank - 1) if axis not in axes]
         scores = (
             *(query.shape[axis] for axis in free),
@@ -943,237 +950,6 @@ class _Recipes:
         return self.feature_map.copy(name="feature_map")
 
 
-class _UnitNorm(keras.layers.Layer):
-    """√τ x/|x| with a learned temperature τ per head, 1 at the start."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**{**kwargs, "dtype": "float32"})
-
-    def build(self, num_heads):
-        self.raw_temperature = self.add_weight(
-            name="spectral_temperature",
-            shape=(int(num_heads), 1),
-            initializer=keras.initializers.Constant(math.log(math.e - 1)),
-            autocast=False,
-        )
-        self.built = True
-
-    @property
-    def temperature(self):
-        return tf.nn.softplus(tf.convert_to_tensor(self.raw_temperature))
-
-    def call(self, x):
-        return tf.math.l2_normalize(x, axis=-1) * tf.sqrt(self.temperature)
-
-
-class _Decay(keras.layers.Layer):
-    """λ = softplus(w·x + b) per head, with w = 0 if the decay is constant."""
-
-    def __init__(self, is_gated, **kwargs):
-        super().__init__(**{**kwargs, "dtype": "float32"})
-        self.is_gated = is_gated
-
-    def build(self, shape):
-        num_heads, features = shape
-        # Heads forget at speeds of their own from the start.
-        rates = 2.0 ** -np.linspace(5.0, 12.0, num_heads)
-        self.raw_rate = self.add_weight(
-            name="decay_rate",
-            shape=(num_heads,),
-            initializer=lambda shape, dtype: np.log(np.expm1(rates)),
-            autocast=False,
-        )
-        if self.is_gated:
-            self.gate = self.add_weight(
-                name="decay_gate",
-                shape=(features, num_heads),
-                initializer="zeros",
-                autocast=False,
-            )
-        self.built = True
-
-    def call(self, x):
-        """`(batch, …, features)` to `(batch, …, heads, 1)`."""
-        raw = tf.zeros_like(x[..., :1]) + self.raw_rate
-        if self.is_gated:
-            raw += tf.tensordot(x, tf.convert_to_tensor(self.gate), 1)
-        return tf.nn.softplus(raw)[..., tf.newaxis]
-
-
-class _Folding:
-    """To and from `(batch, length, heads, dim)` for any attention axes.
-
-    Attention axes are flattened to the length; the other axes join the batch.
-    """
-
-    def __init__(self, query, value, axes):
-        # Projected tensors end in heads and dim, inputs in features.
-        self.ndim = len(query.shape) - (2 if len(query.shape) > 3 else 1)
-        self.ndim = max(max(axes) + 1, self.ndim)
-        self.axes = axes
-        self.free = [a for a in range(1, self.ndim) if a not in axes]
-        self.order = (0, *self.free, *axes)
-        self.simple = self.ndim == 2
-        self.query_sizes = _sizes(query, self.ndim)
-        self.key_sizes = _sizes(value, self.ndim)
-
-    def fold(self, x):
-        """`(batch, …, heads, dim)` to `(batch, length, heads, dim)`."""
-        if self.simple:
-            return x
-        sizes, n = _sizes(x, self.ndim), self.ndim
-        x = tf.transpose(x, (*self.order, n, n + 1))
-        batch = _product(sizes[a] for a in (0, *self.free))
-        length = _product(sizes[a] for a in self.axes)
-        return tf.reshape(x, (batch, length, x.shape[n], x.shape[n + 1]))
-
-    def unfold(self, x):
-        """The inverse of `fold`, for queries' outputs."""
-        if self.simple:
-            return x
-        n = self.ndim
-        sizes = [self.query_sizes[a] for a in self.order]
-        x = tf.reshape(x, (*sizes, x.shape[2], x.shape[3]))
-        back = [self.order.index(a) for a in range(n)]
-        return tf.transpose(x, (*back, n, n + 1))
-
-    def unfold_scores(self, scores):
-        if self.simple:
-            return scores
-        lead = [self.query_sizes[a] for a in (0, *self.free)]
-        queries = [self.query_sizes[a] for a in self.axes]
-        keys = [self.key_sizes[a] for a in self.axes]
-        return tf.reshape(scores, (*lead, scores.shape[1], *queries, *keys))
-
-    def fold_mask(self, mask, sizes):
-        """A mask of positions to `(batch, length)` boolean."""
-        if mask is None:
-            return None
-        mask = tf.broadcast_to(tf.cast(mask, "bool"), sizes)
-        if self.simple:
-            return mask
-        mask = tf.transpose(mask, self.order)
-        batch = _product(sizes[a] for a in (0, *self.free))
-        return tf.reshape(mask, (batch, _product(sizes[a] for a in self.axes)))
-
-    def fold_dense_mask(self, mask):
-        """MultiHeadAttention's ranks of mask to `(batch, heads, T, S)`."""
-        mask = tf.cast(tf.convert_to_tensor(mask), "bool")
-        queries = [self.query_sizes[a] for a in self.axes]
-        keys = [self.key_sizes[a] for a in self.axes]
-        pairs = [*queries, *keys]
-        rank = 2 + len(self.free) + len(pairs)
-        got = mask.shape[-len(pairs) :]
-        known = [
-            (g, p) for g, p in zip(got, pairs, strict=False) if _is_known(g, p)
-        ]
-        if not len(pairs) <= mask.shape.rank <= rank or any(
-            g not in (1, p) for g, p in known
-        ):
-            raise ValueError(
-                "`attention_mask` must broadcast to (batch, heads, "
-                "query_length, key_length), its last axes being "
-                f"{tuple(pairs)}. Received: a mask of shape "
-                f"{tuple(mask.shape)}. A (batch, key_length) padding mask is "
-                "`value_mask`."
-            )
-        # Missing axes stand before the pairs of positions, as in Keras.
-        while mask.shape.rank < rank:
-            mask = tf.expand_dims(mask, -len(pairs) - 1)
-        if self.simple:
-            return mask
-        lead = [self.query_sizes[a] for a in (0, *self.free)]
-        heads = mask.shape[1 + len(self.free)]
-        mask = tf.broadcast_to(mask, (*lead, heads, *pairs))
-        return tf.reshape(
-            mask,
-            (_product(lead), heads, _product(queries), _product(keys)),
-        )
-
-    def band(self, width):
-        (axis,) = self.axes
-        rows = tf.range(self.query_sizes[axis])[:, tf.newaxis]
-        columns = tf.range(self.key_sizes[axis])[tf.newaxis]
-        return (tf.abs(rows - columns) < width)[tf.newaxis, tf.newaxis]
-
-
-def _sizes(x, ndim):
-    dynamic = None
-    sizes = []
-    for axis in range(ndim):
-        size = x.shape[axis]
-        if size is None:
-            dynamic = tf.shape(x) if dynamic is None else dynamic
-            size = dynamic[axis]
-        sizes.append(size)
-    return sizes
-
-
-def _product(sizes):
-    result = 1
-    for size in sizes:
-        result = result * size
-    return result
-
-
-def _is_known(*sizes):
-    return all(isinstance(size, int) for size in sizes)
-
-
-def _match_length(query, key_mask, *of_keys):
-    """Keys cut or padded to the queries' length: causal from the start."""
-    key, length = of_keys[0], query.shape[1]
-    if length is not None and length == key.shape[1]:
-        return key_mask, *of_keys
-    if key_mask is None:
-        key_mask = tf.ones(tf.shape(key)[:2], "bool")
-    if length is None:
-        length = tf.shape(query)[1]
-    missing = tf.maximum(length - tf.shape(key)[1], 0)
-
-    def match(x):
-        if x is None:
-            return None
-        rest = [(0, 0)] * (x.shape.rank - 2)
-        x = tf.pad(x[:, :length], [(0, 0), (0, missing), *rest])
-        return tf.ensure_shape(x, (None, query.shape[1], *x.shape[2:]))
-
-    return tuple(map(match, (key_mask, *of_keys)))
-
-
-def _select_rows(x, mask):
-    """x where the mask keeps, zeros elsewhere, whatever x holds there."""
-    return tf.where(mask[..., tf.newaxis], x, tf.zeros((), x.dtype))
-
-
-def _vector_mask(mask, query):
-    """The `(batch, key_length)` mask that a dense one is if all queries and
-    heads share it, or `None`."""
-    if mask is None or len(query.shape) != 3:
-        return None
-    mask = tf.convert_to_tensor(mask)
-    shared = list(range(1, len(mask.shape) - 1))
-    if not shared or any(mask.shape[axis] != 1 for axis in shared):
-        return None
-    return tf.cast(tf.squeeze(mask, shared), "bool")
-
-
-def _both(mask, other):
-    if mask is None or other is None:
-        return other if mask is None else mask
-    return tf.logical_and(tf.cast(mask, "bool"), tf.cast(other, "bool"))
-
-
-def mask_of(x, mask=None):
-    """`mask`, or the Keras mask of a tensor if that is `None`."""
-    return getattr(x, "_keras_mask", None) if mask is None else mask
-
-
-def without_mask(x):
-    """A tensor as it is, but for its Keras mask; the argument keeps that."""
-    return x if mask_of(x) is None else tf.identity(x)
-
-
 def _as_shape(output_shape):
     if output_shape is None:
         return None
@@ -1186,65 +962,3 @@ def _as_shape(output_shape):
             f"Invalid `output_shape`: {output_shape}. When specified, the "
             "`output_shape` should be of type tuple, list, or int."
         ) from error
-
-
-def _as_axes(attention_axes):
-    if attention_axes is None:
-        return None
-    if np.ndim(attention_axes) == 0:
-        attention_axes = [attention_axes]
-    try:
-        return _checks.integers("attention_axes", attention_axes, minimum=None)
-    except ValueError as error:
-        raise ValueError(
-            "`attention_axes` must be an int, list, or tuple. "
-            f"Received: attention_axes={attention_axes}"
-        ) from error
-
-
-def _resolve_axes(attention_axes, rank):
-    """The attended axes of inputs of a rank, each a different position."""
-    valid = tuple(range(1, rank - 1))
-    axes = valid if attention_axes is None else attention_axes
-    resolved = tuple(axis + rank if axis < 0 else axis for axis in axes)
-    repeats = len(set(resolved)) < len(resolved)
-    if not resolved or repeats or not set(resolved) <= set(valid):
-        negative = tuple(axis - rank for axis in valid)
-        raise ValueError(
-            "`attention_axes` must name different axes between those of the "
-            f"batch and of the features: for inputs of rank {rank}, any of "
-            f"{valid}, or {negative} from the end. Received: attention_axes="
-            f"{attention_axes}. Leave it out to attend over all of them."
-        )
-    return resolved
-
-
-def _check_one_axis(name, value, axes):
-    if len(axes) > 1:
-        raise ValueError(
-            f"`{name}` needs an order of positions, so a single attention "
-            f"axis. Received: {name}={value!r}, attention_axes={axes}. Flatten "
-            f"the axes, or leave `{name}` out."
-        )
-
-
-def _check_shapes(query_shape, value_shape, key_shape):
-    if tuple(value_shape[1:-1]) != tuple(key_shape[1:-1]):
-        raise ValueError(
-            "All dimensions of `value` and `key`, except the last one, must be "
-            f"equal. Received: value_shape={tuple(value_shape)} and "
-            f"key_shape={tuple(key_shape)}"
-        )
-
-
-def _check_tensors(query, value, key):
-    sizes = {x.shape[0] for x in (query, value, key)} - {None}
-    if len(sizes) > 1:
-        raise ValueError(
-            "`query`, `value` and `key` must have the same batch size. "
-            f"Received: query of shape {tuple(query.shape)}, value of shape "
-            f"{tuple(value.shape)} and key of shape {tuple(key.shape)}"
-        )
-    for one, other in zip(value.shape[1:-1], key.shape[1:-1], strict=False):
-        if None not in (one, other) and one != other:
-            _check_shapes(query.shape, value.shape, key.shape)

@@ -5,7 +5,8 @@ Each function makes a figure and returns it, without showing or saving it.
 
 import numpy as np
 
-from keras_kt import _checks, diagnostics
+from keras_kt import _checks
+from keras_kt.diagnostics import inspect
 
 _STROKES = ("-", "--", ":", "-.")
 
@@ -27,7 +28,7 @@ def plot_kernels(layer, before=None):
     >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
     >>> figure = keras_kt.plots.plot_kernels(layer)
     """
-    profile = diagnostics.kernel_profile(layer)
+    profile = inspect.kernel_profile(layer)
     figure, panel = _panel()
     for head, values in enumerate(profile.kernel):
         color = f"C{head}"
@@ -59,7 +60,7 @@ def plot_spectrum(layer, head=0):
     >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
     >>> figure = keras_kt.plots.plot_spectrum(layer, head=1)
     """
-    spectrum = diagnostics.spectrum(layer)
+    spectrum = inspect.spectrum(layer)
     head = _index("head", head, len(spectrum.frequencies))
     omega, weights = spectrum.frequencies[head], spectrum.weights[head]
     if omega.shape[1] < 2:

@@ -1,0 +1,1 @@
+"""Trained softmax models with linear attention: converted and improved."""

@@ -1,0 +1,122 @@
+"""Distillation: the spectral prior learns a teacher's attention, by layers."""
+
+import keras
+import tensorflow as tf
+
+from keras_kt import _checks
+from keras_kt.conversion import errors
+from keras_kt.conversion.probe import kept_losses
+
+TARGETS = ("output", "matrix")
+
+
+def distil(
+    student,
+    teacher,
+    data,
+    *,
+    steps=100,
+    learning_rate=1e-2,
+    target="output",
+    train_projections=False,
+):
+    """Trains converted layers to attend as the teacher's do.
+
+    Each layer is given the inputs that the teacher's has, so layers learn in
+    parallel and errors do not accumulate. Only spectral priors and feature maps
+    are trained, and the query and key projections if asked for: fine-tune the
+    whole with `fit` afterwards. O(length²).
+
+    Args:
+        student: a model from `convert_attention`, changed in place.
+        teacher: the model that was converted.
+        data: as in `attention_error`; batches are repeated as needed.
+        steps: number of batches to train on.
+        learning_rate: of Adam, a number or a schedule.
+        target: `"output"` (default): relative squared error of the heads'
+            outputs. `"matrix"`: cross-entropy of the attention weights.
+        train_projections: whether query and key projections are trained too.
+
+    Returns:
+        The loss of each step, a list of dictionaries by layer.
+
+    Examples:
+
+    >>> x = keras.Input((None, 8))
+    >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+    >>> softmax = keras.Model(x, y)
+    >>> linear, _ = keras_kt.convert_attention(softmax)
+    >>> batch = np.random.normal(size=(1, 50, 8)).astype("float32")
+    >>> history = keras_kt.distil(linear, softmax, batch, steps=3)
+    >>> len(history), list(history[0])
+    (3, ['attention'])
+    """
+    target = _checks.choice("target", target, TARGETS)
+    steps = _checks.integer("steps", steps, minimum=0)
+    train_projections = _checks.boolean("train_projections", train_projections)
+    schedules = keras.optimizers.schedules.LearningRateSchedule
+    if not isinstance(learning_rate, schedules):
+        learning_rate = _checks.number("learning_rate", learning_rate)
+    pairs = errors.pairs_of_layers(student, teacher)
+    variables = []
+    for _, layer, _ in pairs:
+        variables += layer.spectral_prior.trainable_variables
+        variables += layer.feature_map.trainable_variables
+        if train_projections:
+            variables += layer.query_dense.trainable_variables
+            variables += layer.key_dense.trainable_variables
+    if not variables:
+        raise ValueError(
+            "`distil` needs something to train. Received: layers whose priors "
+            "have no trainable weights. Use train_projections=True, or convert "
+            "with another `spectral_prior`."
+        )
+    optimizer = keras.optimizers.Adam(learning_rate)
+    optimizer.build(variables)
+
+    @tf.function(reduce_retracing=True)
+    def step(inputs):
+        with tf.GradientTape() as tape:
+            losses = {
+                path: _loss(item, target)
+                for path, item in errors.teach(pairs, teacher, inputs)
+            }
+            total = tf.add_n(list(losses.values()))
+        gradients = tape.gradient(
+            total, variables, unconnected_gradients="zero"
+        )
+        optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return losses
+
+    history = []
+    for inputs in _repeated(data, steps):
+        inputs = keras.tree.map_structure(tf.convert_to_tensor, inputs)
+        with kept_losses(student):
+            losses = step(inputs)
+        history.append({path: float(loss) for path, loss in losses.items()})
+    return history
+
+
+def _loss(item, target):
+    output, weights = errors.estimate(item.layer, *item[2:6])
+    if target == "matrix":
+        log_weights = tf.math.log(tf.maximum(weights, 1e-9))
+        rows = tf.reduce_any(item.visible, axis=-1)
+        count = tf.reduce_sum(
+            tf.cast(rows, tf.float32) * tf.ones_like(weights[..., 0])
+        )
+        return -tf.reduce_sum(item.weights * log_weights) / count
+    exact = tf.einsum("bhts,bshe->bthe", item.weights, item.value)
+    axes = (0, 1, 3)
+    error = tf.reduce_sum(tf.square(output - exact), axes)
+    return tf.reduce_mean(error / (tf.reduce_sum(exact**2, axes) + 1e-9))
+
+
+def _repeated(data, steps):
+    """`steps` batches, from the start again when data end."""
+    if isinstance(data, tf.data.Dataset):
+        yield from errors.input_batches(data.repeat(), steps)
+        return
+    batches = errors.input_batches(data, steps)
+    for number in range(steps):
+        yield batches[number % len(batches)]

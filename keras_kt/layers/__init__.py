@@ -1,0 +1,1 @@
+"""Keras layers, where prior, map and algorithm meet."""

@@ -1,0 +1,64 @@
+"""Learned temperature and decay of a layer's heads."""
+
+import math
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+class UnitNorm(keras.layers.Layer):
+    """√τ x/|x| with a learned temperature τ per head, 1 at the start."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**{**kwargs, "dtype": "float32"})
+
+    def build(self, num_heads):
+        self.raw_temperature = self.add_weight(
+            name="spectral_temperature",
+            shape=(int(num_heads), 1),
+            initializer=keras.initializers.Constant(math.log(math.e - 1)),
+            autocast=False,
+        )
+        self.built = True
+
+    @property
+    def temperature(self):
+        return tf.nn.softplus(tf.convert_to_tensor(self.raw_temperature))
+
+    def call(self, x):
+        return tf.math.l2_normalize(x, axis=-1) * tf.sqrt(self.temperature)
+
+
+class Decay(keras.layers.Layer):
+    """λ = softplus(w·x + b) per head, with w = 0 if the decay is constant."""
+
+    def __init__(self, is_gated, **kwargs):
+        super().__init__(**{**kwargs, "dtype": "float32"})
+        self.is_gated = is_gated
+
+    def build(self, shape):
+        num_heads, features = shape
+        # Heads forget at speeds of their own from the start.
+        rates = 2.0 ** -np.linspace(5.0, 12.0, num_heads)
+        self.raw_rate = self.add_weight(
+            name="decay_rate",
+            shape=(num_heads,),
+            initializer=lambda shape, dtype: np.log(np.expm1(rates)),
+            autocast=False,
+        )
+        if self.is_gated:
+            self.gate = self.add_weight(
+                name="decay_gate",
+                shape=(features, num_heads),
+                initializer="zeros",
+                autocast=False,
+            )
+        self.built = True
+
+    def call(self, x):
+        """`(batch, …, features)` to `(batch, …, heads, 1)`."""
+        raw = tf.zeros_like(x[..., :1]) + self.raw_rate
+        if self.is_gated:
+            raw += tf.tensordot(x, tf.convert_to_tensor(self.gate), 1)
+        return tf.nn.softplus(raw)[..., tf.newaxis]
