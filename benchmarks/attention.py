@@ -33,7 +33,9 @@ import numpy as np
 import tensorflow as tf
 
 import keras_kt
-from keras_kt import kernels, linear_attention
+from keras_kt import kernels
+from keras_kt.ops import linear
+from keras_kt.ops.quadratic import quadratic
 
 # Scores of a quadratic column beyond this many bytes are not run.
 MAX_SCORE_BYTES = 3e9
@@ -126,17 +128,15 @@ def core_columns(args):
     positive = bound_map(args, keras_kt.PositiveFeatures())
     trigonometric = bound_map(args, keras_kt.TrigonometricFeatures())
     columns = {
-        "ours": lambda *x: linear_attention.bidirectional(*x, positive),
-        "ours causal": lambda *x: linear_attention.causal(*x, positive)[0],
-        "ours trigonometric": lambda *x: linear_attention.bidirectional(
+        "ours": lambda *x: linear.bidirectional(*x, positive),
+        "ours causal": lambda *x: linear.causal(*x, positive)[0],
+        "ours trigonometric": lambda *x: linear.bidirectional(
             *x, trigonometric
         ),
-        "ours trigonometric causal": lambda *x: linear_attention.causal(
+        "ours trigonometric causal": lambda *x: linear.causal(
             *x, trigonometric
         )[0],
-        "ours as a matrix": lambda *x: linear_attention.quadratic(*x, positive)[
-            0
-        ],
+        "ours as a matrix": lambda *x: quadratic(*x, positive)[0],
         "softmax": softmax_core,
         "softmax causal": lambda *x: softmax_core(*x, causal=True),
         "plain Performer": performer_core(_performer_frequencies(args)),
@@ -246,8 +246,8 @@ def check_agreement(args):
             np.linalg.norm(got - exact) / np.linalg.norm(exact)
         )
     positive = bound_map(args, keras_kt.PositiveFeatures())
-    own, _ = linear_attention.quadratic(*inputs, positive)
-    fast = linear_attention.bidirectional(*inputs, positive)
+    own, _ = quadratic(*inputs, positive)
+    fast = linear.bidirectional(*inputs, positive)
     deviation = float(np.abs(own - fast).max())
     if deviation > 1e-4:
         raise SystemExit(f"The linear route is wrong by {deviation}.")

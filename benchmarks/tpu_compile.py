@@ -48,7 +48,8 @@ from jaxlib import _hlo
 from jaxlib.mlir import ir
 
 import keras_kt
-from keras_kt import block_grid, feature_maps
+from keras_kt import numerics
+from keras_kt.ops import block_grid
 
 HEADS, KEY_DIM = 4, 64
 WIDTH = HEADS * KEY_DIM
@@ -85,7 +86,7 @@ def main():
     # What the layer does where a TPU is visible.
     block_grid.CPU_BLOCK_ROWS = args.block_rows
     block_grid.CPU_CAUSAL_BLOCK_ROWS = args.block_rows
-    feature_maps._rounds_products = lambda: True
+    numerics._rounds_products = lambda: True
     device = topologies.get_topology_desc(
         platform="tpu", topology_name=args.topology
     ).devices[0]

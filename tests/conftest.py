@@ -6,7 +6,7 @@ import keras
 import pytest
 import tensorflow as tf
 
-from keras_kt import attention
+from keras_kt.layers import attention
 from tests import runtimes
 
 tf.config.set_visible_devices([], "GPU")

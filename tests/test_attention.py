@@ -8,7 +8,8 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
-from keras_kt import attention, linear_attention
+from keras_kt import ops
+from keras_kt.layers import attention
 from tests import cases
 from tests.contract import layer_contract
 
@@ -517,7 +518,7 @@ def test_step_compiles_and_takes_a_state_of_dynamic_batch():
         step = tf.function(layer.step, jit_compile=jit)
         output, _ = step(tf.constant(x), state)
         np.testing.assert_allclose(output, layer.step(x, state)[0], atol=1e-5)
-    spec = linear_attention.AttentionState(
+    spec = keras_kt.AttentionState(
         tf.TensorSpec((None, 3, 10)),
         tf.TensorSpec((None, 3, 6, 10)),
         tf.TensorSpec((None,)),
@@ -842,17 +843,18 @@ def test_auto_forms_the_matrix_only_of_short_inputs(causal, monkeypatch):
     monkeypatch.setattr(attention, "SHORT_LENGTH", 32)
     routes = []
 
-    def spy_on(name):
-        plain = getattr(linear_attention, name)
+    def spy_on(module, name):
+        plain = getattr(module, name)
 
         def spy(*args, **kwargs):
             routes.append(name)
             return plain(*args, **kwargs)
 
-        monkeypatch.setattr(linear_attention, name, spy)
+        monkeypatch.setattr(module, name, spy)
 
-    for name in ("quadratic", "causal", "bidirectional"):
-        spy_on(name)
+    spy_on(ops.quadratic, "quadratic")
+    spy_on(ops.linear, "causal")
+    spy_on(ops.linear, "bidirectional")
     auto, linear = pair_of("auto", "linear", (2, None, 6))
     expected = {True: "causal", False: "bidirectional"}[causal]
     for length, route in ((32, "quadratic"), (33, expected)):

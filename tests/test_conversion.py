@@ -6,7 +6,9 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
-from keras_kt import attention_errors, calibration, kernels
+from keras_kt import kernels
+from keras_kt.conversion import calibrate as calibration
+from keras_kt.conversion import errors as attention_errors
 from tests import cases, reference
 
 WIDTH, HEADS, KEY_DIM, LENGTH = 6, 3, 5, 11

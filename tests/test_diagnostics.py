@@ -9,7 +9,8 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
-from keras_kt import diagnostics, plots
+from keras_kt import diagnostics
+from keras_kt.diagnostics import plots
 
 HEADS, DIM, WIDTH, LENGTH = 2, 4, 6, 9
 

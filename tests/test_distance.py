@@ -8,7 +8,8 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
-from keras_kt import block_grid, distance, linear_attention
+from keras_kt.ops import block_grid, linear, quadratic, states
+from keras_kt.ops import window as near
 from tests import cases, reference
 from tests.contract import layer_contract
 from tests.test_attention import array, wrong
@@ -42,7 +43,7 @@ def run(algorithm, tensors, bound, kernel, window, mask, causal):
         decay = tf.transpose(decay, (0, 2, 1))[..., tf.newaxis]
     masks = {"key_mask": mask, "decay": decay}
     if algorithm == "quadratic":
-        output, _ = linear_attention.quadratic(
+        output, _ = quadratic.quadratic(
             query,
             key,
             value,
@@ -55,7 +56,7 @@ def run(algorithm, tensors, bound, kernel, window, mask, causal):
     elif algorithm == "step":
         output = in_steps(query, key, value, bound, kernel, window, masks)
     elif kernel is not None:
-        output, _ = distance.near_field(
+        output, _ = near.near_field(
             query,
             key,
             value,
@@ -66,9 +67,9 @@ def run(algorithm, tensors, bound, kernel, window, mask, causal):
             **masks,
         )
     elif causal:
-        output, _ = linear_attention.causal(query, key, value, bound, **masks)
+        output, _ = linear.causal(query, key, value, bound, **masks)
     else:
-        output = distance.fading(query, key, value, bound, decay, key_mask=mask)
+        output = near.fading(query, key, value, bound, decay, key_mask=mask)
     return tokens_first(output)[0]
 
 
@@ -77,13 +78,13 @@ def in_steps(query, key, value, bound, kernel, window, masks):
     batch, length, heads, dim = query.shape
     sizes = batch, heads, bound.width, value.shape[-1]
     if kernel is None:
-        state = linear_attention.initial_state(*sizes)
-        step = linear_attention.step
+        state = states.initial_state(*sizes)
+        step = linear.step
     else:
-        state = distance.initial_near_field_state(*sizes, dim, window)
+        state = near.initial_near_field_state(*sizes, dim, window)
 
         def step(*args, **kwargs):
-            return distance.near_field(
+            return near.near_field(
                 *args, kernel, window, use_causal_mask=True, **kwargs
             )
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 import keras_kt
-from keras_kt import feature_maps, kernels
+from keras_kt import kernels, numerics
 from keras_kt.priors import base_noise
 from tests import cases
 
@@ -308,9 +308,7 @@ def test_softmax_attention_of_a_hand_computed_case():
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_sine_and_cosine(jit_compile):
     """Against NumPy's in float64; angles without meaning stay finite."""
-    function = tf.function(
-        feature_maps._sine_and_cosine, jit_compile=jit_compile
-    )
+    function = tf.function(numerics.sine_and_cosine, jit_compile=jit_compile)
     x = np.linspace(-3000.0, 3000.0, 200_001, dtype="float32")
     exact = np.sin(x.astype("float64")), np.cos(x.astype("float64"))
     for got, expected in zip(function(x), exact, strict=True):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_kt import block_grid, linear_attention
-from keras_kt.linear_attention import AttentionState
+from keras_kt.ops import block_grid, linear, quadratic, scaling, states
+from keras_kt.ops.states import AttentionState
 from tests import cases, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:FastFoodPrior needs a power")
@@ -39,13 +39,13 @@ def run(algorithm, query, key, value, feature_map, mask):
     """Outputs of one algorithm, heads first, whatever else it returns."""
     inputs = (*tokens_first(query, key, value), feature_map)
     if algorithm == "bidirectional":
-        output = linear_attention.bidirectional(*inputs, key_mask=mask)
+        output = linear.bidirectional(*inputs, key_mask=mask)
     elif algorithm == "causal":
-        output, _ = linear_attention.causal(*inputs, key_mask=mask)
+        output, _ = linear.causal(*inputs, key_mask=mask)
     elif algorithm == "step":
         output = in_steps(*inputs, mask)
     else:
-        output, _ = linear_attention.quadratic(
+        output, _ = quadratic.quadratic(
             *inputs,
             key_mask=mask,
             use_causal_mask=algorithm == "quadratic-causal",
@@ -55,12 +55,12 @@ def run(algorithm, query, key, value, feature_map, mask):
 
 def in_steps(query, key, value, feature_map, mask, cuts=(0, 1, 2, 7)):
     """The causal answer in pieces: single tokens and a longer prefill."""
-    state = linear_attention.initial_state(
+    state = states.initial_state(
         query.shape[0], query.shape[2], feature_map.width, value.shape[-1]
     )
     outputs = []
     for start, end in zip(cuts, (*cuts[1:], query.shape[1]), strict=True):
-        output, state = linear_attention.step(
+        output, state = linear.step(
             query[:, start:end],
             key[:, start:end],
             value[:, start:end],
@@ -254,7 +254,7 @@ def test_split_and_resume_gives_the_same_answer_state_and_gradients(
             bound = feature_map.bind(prior())
             state, outputs = None, []
             for start, end in zip(pieces[:-1], pieces[1:], strict=True):
-                output, state = linear_attention.causal(
+                output, state = linear.causal(
                     *(x[:, start:end] for x in arrays),
                     bound,
                     key_mask=mask[:, start:end],
@@ -345,7 +345,7 @@ def test_masked_loud_key_leaves_dense_masks_exact(loud):
     tensors = [tf.constant(x) for x in (log_query, log_key, value)]
     with tf.GradientTape() as tape:
         tape.watch(tensors)
-        output, weights = linear_attention.quadratic(
+        output, weights = quadratic.quadratic(
             *tokens_first(*tensors), Identity(), attention_mask=mask
         )
     gradients = tape.gradient(output, tensors)
@@ -446,9 +446,9 @@ def test_normalizer_of_positive_features_is_between_one_and_all(map_name):
     bound = feature_map.bind(prior())
     for scale in (1.0, 10.0, 100.0):
         query, key, _ = cases.inputs(scale=scale)
-        maximum = linear_attention._maximum(bound(key))
-        query = linear_attention._exp_query(bound(query), maximum)
-        key = linear_attention._exp_key(bound(key), maximum)
+        maximum = scaling.maximum_of(bound(key))
+        query = scaling.exp_query(bound(query), maximum)
+        key = scaling.exp_key(bound(key), maximum)
         normalizer = tf.matmul(query, tf.reduce_sum(key, 2)[..., tf.newaxis])
         assert normalizer.numpy().min() >= 1.0
         assert normalizer.numpy().max() <= key.shape[2] * key.shape[3]
@@ -458,9 +458,9 @@ def test_state_has_a_fixed_size_and_masked_tokens_leave_it_alone():
     prior, feature_map = cases.build("normal", "positive")
     bound = feature_map.bind(prior())
     query, key, value = tokens_first(*cases.inputs(keys=cases.LENGTH))
-    _, state = linear_attention.causal(query, key, value, bound)
+    _, state = linear.causal(query, key, value, bound)
     for count in (1, 3):
-        _, after = linear_attention.step(
+        _, after = linear.step(
             query[:, :count],
             1e6 * key[:, :count],
             value[:, :count],

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
-from keras_kt import feature_maps
+from keras_kt import numerics
 
 # Long enough for several causal blocks.
 LENGTH, WIDTH = 4096, 12
@@ -84,7 +84,7 @@ def test_full_precision_reaches_every_product(feature_map, full_precision):
 
 def test_projection_survives_rounded_products(monkeypatch):
     """The layer's own doing: nothing asks TensorFlow for full precision."""
-    monkeypatch.setattr(feature_maps, "_rounds_products", lambda: True)
+    monkeypatch.setattr(numerics, "_rounds_products", lambda: True)
     generator = np.random.default_rng(0)
     x = generator.normal(size=(2, 3, 11, 64)).astype("float32")
     projection = generator.normal(size=(3, 64, 17)).astype("float32")
@@ -101,7 +101,7 @@ def test_projection_survives_rounded_products(monkeypatch):
     x, projection = tf.constant(x), tf.constant(projection)
     with tf.GradientTape() as tape:
         tape.watch([x, projection])
-        result = feature_maps.precise_product(x, projection)
+        result = numerics.precise_product(x, projection)
         loss = tf.reduce_sum(tf.square(result)) / 2
     # 64 terms of size 1 whose parts err by 2**-17 and 2**-16.
     assert np.abs(rounded(x, projection) - exact).max() > 1e-2
@@ -110,7 +110,7 @@ def test_projection_survives_rounded_products(monkeypatch):
     monkeypatch.undo()
     with tf.GradientTape() as tape:
         tape.watch([x, projection])
-        result = feature_maps.precise_product(x, projection)
+        result = numerics.precise_product(x, projection)
         loss = tf.reduce_sum(tf.square(result)) / 2
     expected = tape.gradient(loss, [x, projection])
     for actual, wanted in zip(gradients, expected, strict=True):
@@ -148,7 +148,7 @@ def test_split_products_are_lowered(options, split, monkeypatch):
         return len(re.findall(r" dot\(|custom-call\(", text))
 
     before = products()
-    monkeypatch.setattr(feature_maps, "_rounds_products", lambda: True)
+    monkeypatch.setattr(numerics, "_rounds_products", lambda: True)
     # Three products instead of one.
     assert products() == before + 2 * split
 
