@@ -221,13 +221,18 @@ def _band(query, tokens, kernel, window, use_causal_mask):
 def _near_weights(query, key, value, elapsed, keep, use_causal_mask):
     """`_band` within chunks `(batch, chunk, token, heads, …)`."""
     window = query.shape[2]
-    logits = feature_maps.precise_product(
-        tf.einsum("bnthcd->bnhctd", query), tf.einsum("bnshcd->bnhcds", key)
-    )
-    if logits.shape[3] > 1:
+    if query.shape[4] > 1:
+        logits = feature_maps.precise_product(
+            tf.einsum("bnthcd->bnhctd", query),
+            tf.einsum("bnshcd->bnhcds", key),
+        )
         logits = tf.reduce_logsumexp(logits, axis=3)
     else:
-        logits = logits[:, :, :, 0]
+        # LiteRT multiplies up to rank 5.
+        logits = feature_maps.precise_product(
+            tf.einsum("bnthd->bnhtd", query[:, :, :, :, 0]),
+            tf.einsum("bnshd->bnhds", key[:, :, :, :, 0]),
+        )
     elapsed = tf.transpose(elapsed, (0, 1, 3, 2, 4))
     of_query = elapsed[:, :, :, window : 2 * window]
     difference = of_query - tf.linalg.matrix_transpose(elapsed)
