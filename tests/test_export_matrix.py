@@ -50,6 +50,10 @@ ALWAYS = {
 }
 # Tolerances of outputs of size one; `None` is what does not work.
 MATRIX = {name: dict(ALWAYS) for name in FEATURES}
+for name in FEATURES:
+    if "decay" in name:
+        # Its matrix is summed in float64, of which LiteRT has no cumsum.
+        MATRIX[name]["LiteRT, matrix"] = None
 # Cells that are quick enough for every run of the tests.
 QUICK = {("causal", "SavedModel"), ("bidirectional", "LiteRT, matrix")}
 
@@ -150,9 +154,10 @@ def lite_rt_matrix(feature, tmp_path, host):
     model = network(feature, 2, 79, "quadratic")
     path = str(tmp_path / "model.tflite")
     model.export(path, format="litert", verbose=False)
-    runner = Interpreter(path).get_signature_runner()
+    interpreter = Interpreter(path)
 
     def run(arrays):
+        runner = interpreter.get_signature_runner()
         (output,) = runner(**arrays).values()
         return output
 
@@ -203,6 +208,13 @@ def table():
         cells = ("no" if x is None else f"{x:.0e}" for x in row.values())
         lines.append(f"| {feature} | " + " | ".join(cells) + " |")
     return "\n".join(lines).replace("e-0", "e-")
+
+
+def test_what_does_not_run_in_lite_rt_says_so(tmp_path):
+    """Else the table would be too modest."""
+    _, run, _ = lite_rt_matrix("constant decay", tmp_path, None)
+    with pytest.raises(RuntimeError, match="FlexCumsum"):
+        run(batch_of("constant decay", 2, 79))
 
 
 def test_documented_table_is_that_of_the_tests():

@@ -305,13 +305,18 @@ def _near_weights(query, key, value, decay, of_keys, keep, reach, sides):
         reach: `(batch, chunk, token)`, keys of the chunk up to each query.
     """
     window = query.shape[2]
-    logits = precise_product(
-        tf.einsum("bnthcd->bnhctd", query), tf.einsum("bnshcd->bnhcds", key)
-    )
-    if logits.shape[3] > 1:
+    if query.shape[4] > 1:
+        logits = precise_product(
+            tf.einsum("bnthcd->bnhctd", query),
+            tf.einsum("bnshcd->bnhcds", key),
+        )
         logits = tf.reduce_logsumexp(logits, axis=3)
     else:
-        logits = logits[:, :, :, 0]
+        # LiteRT multiplies up to rank 5.
+        logits = precise_product(
+            tf.einsum("bnthd->bnhtd", query[:, :, :, :, 0]),
+            tf.einsum("bnshd->bnhds", key[:, :, :, :, 0]),
+        )
     reach = reach[:, :, tf.newaxis, :, tf.newaxis]
     # Keys' slots, counted from the query's own.
     distance = reach - 1.0 - tf.range(-window, sides * window, dtype=tf.float32)
