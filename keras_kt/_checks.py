@@ -67,9 +67,8 @@ def number(
         or not minimum <= plain < below
         or (is_open and plain == minimum)
     ):
-        bounds = f"{'(' if is_open else '['}{minimum:g}, {below:g})"
         raise ValueError(
-            f"`{name}` must be a number in {bounds}"
+            f"`{name}` must be {_a_number(minimum, below, is_open)}"
             f"{' or `None`' if optional else ''}. Received: {name}={value!r}"
         )
     return float(plain)
@@ -129,3 +128,11 @@ def _an_integer(minimum):
     if minimum is None:
         return "an integer"
     return "a positive integer" if minimum == 1 else f"an integer ≥ {minimum}"
+
+
+def _a_number(minimum, below, is_open):
+    if below < math.inf:
+        return f"a number in {'(' if is_open else '['}{minimum:g}, {below:g})"
+    if is_open and minimum == 0.0:
+        return "a positive number"
+    return f"a number {'>' if is_open else '≥'} {minimum:g}"

@@ -5,6 +5,7 @@ import re
 
 import keras
 import pytest
+import tensorflow_probability as tfp
 
 import keras_kt
 from tests.test_package import PAGES, ROOT, documented
@@ -19,6 +20,8 @@ NAMESPACES = (
     keras.layers,
     ATTENTION,
     keras.Model,
+    tfp.distributions,
+    tfp.distributions.Distribution,
 )
 # Of TensorFlow and TFP, and a class of the Model Garden.
 ELSEWHERE = {"TPUStrategy", "tfd", "KernelAttention", "mixed_bfloat16"}

@@ -252,6 +252,7 @@ def _intercepted(layers, attend):
         query_mask=None,
         key_mask=None,
         decay=None,
+        same_length=False,
     ):
         if decay is not None:
             raise ValueError(

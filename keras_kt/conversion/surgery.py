@@ -68,6 +68,7 @@ def projections(layer):
 
 
 def children(layer):
+    """The layers that a layer tracks itself."""
     return layer._flatten_layers(include_self=False, recursive=False)
 
 

@@ -436,6 +436,7 @@ class KernelizedAttention(keras.layers.Layer):
             training=training,
             return_attention_scores=return_attention_scores,
             use_causal_mask=use_causal_mask,
+            same_length=query is key or query is value,
         )
         if query_mask is not None:
             output._keras_mask = query_mask
@@ -510,6 +511,7 @@ class KernelizedAttention(keras.layers.Layer):
         query_mask=None,
         key_mask=None,
         decay=None,
+        same_length=False,
     ):
         """Attention of projected heads; MultiHeadAttention's override point.
 
@@ -521,6 +523,8 @@ class KernelizedAttention(keras.layers.Layer):
             training, return_attention_scores, use_causal_mask: as in `call`.
             query_mask, key_mask: `(batch, length)` masks that stay vectors.
             decay: `(batch, key_length, heads, 1)`, or `None`.
+            same_length: whether queries are known to be as many as keys, which
+                dynamic shapes do not tell.
 
         Returns:
             `(batch, query_length, heads, value_dim)`, and the weights or
@@ -565,9 +569,10 @@ class KernelizedAttention(keras.layers.Layer):
                 window=self.near_field,
             )
         elif use_causal_mask:
-            folded_key_mask, k, v, decay = match_length(
-                q, folded_key_mask, k, v, decay
-            )
+            if not same_length:
+                folded_key_mask, k, v, decay = match_length(
+                    q, folded_key_mask, k, v, decay
+                )
             tokens = q, k, v, feature_map
             masks = {"key_mask": folded_key_mask, "decay": decay}
             if kernel is None:
@@ -586,7 +591,14 @@ class KernelizedAttention(keras.layers.Layer):
             )
         else:
             heads = self._attend_by_distance(
-                q, k, v, feature_map, kernel, folded_key_mask, decay
+                q,
+                k,
+                v,
+                feature_map,
+                kernel,
+                folded_key_mask,
+                decay,
+                same_length=same_length,
             )
         folded_query_mask = folding.fold_mask(query_mask, folding.query_sizes)
         if folded_query_mask is not None:
@@ -602,7 +614,16 @@ class KernelizedAttention(keras.layers.Layer):
         return heads, folding.unfold_scores(scores)
 
     def _attend_by_distance(
-        self, query, key, value, feature_map, kernel, key_mask, decay
+        self,
+        query,
+        key,
+        value,
+        feature_map,
+        kernel,
+        key_mask,
+        decay,
+        *,
+        same_length,
     ):
         """Bidirectional attention with a decay or a near field."""
         if not feature_map.positive:
@@ -613,12 +634,13 @@ class KernelizedAttention(keras.layers.Layer):
                 'features, or implementation="quadratic".'
             )
         static, length = query.shape[1], tf.shape(query)[1]
-        if static is None or static != key.shape[1]:
+        if not same_length and (static is None or static != key.shape[1]):
             missing = tf.maximum(tf.shape(key)[1] - length, 0)
             query = tf.pad(query, [(0, 0), (0, missing), (0, 0), (0, 0)])
-        key_mask, key, value, decay = match_length(
-            query, key_mask, key, value, decay
-        )
+        if not same_length:
+            key_mask, key, value, decay = match_length(
+                query, key_mask, key, value, decay
+            )
         tokens = query, key, value, feature_map
         if kernel is None:
             heads = window.fading(*tokens, decay, key_mask=key_mask)

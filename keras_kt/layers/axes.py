@@ -165,6 +165,7 @@ def vector_mask(mask, query):
 
 
 def both(mask, other):
+    """Two masks as one; `None` hides nothing."""
     if mask is None or other is None:
         return other if mask is None else mask
     return tf.logical_and(tf.cast(mask, "bool"), tf.cast(other, "bool"))
@@ -181,6 +182,7 @@ def without_mask(x):
 
 
 def as_axes(attention_axes):
+    """The argument as a tuple of integers, or `None`."""
     if attention_axes is None:
         return None
     if np.ndim(attention_axes) == 0:
@@ -212,6 +214,7 @@ def resolve_axes(attention_axes, rank):
 
 
 def check_one_axis(name, value, axes):
+    """Raises a `ValueError` if positions have no order."""
     if len(axes) > 1:
         raise ValueError(
             f"`{name}` needs an order of positions, so a single attention "
@@ -221,6 +224,7 @@ def check_one_axis(name, value, axes):
 
 
 def check_shapes(query_shape, value_shape, key_shape):
+    """Raises a `ValueError` unless keys and values stand in pairs."""
     if tuple(value_shape[1:-1]) != tuple(key_shape[1:-1]):
         raise ValueError(
             "All dimensions of `value` and `key`, except the last one, must be "
@@ -230,6 +234,7 @@ def check_shapes(query_shape, value_shape, key_shape):
 
 
 def check_tensors(query, value, key):
+    """Raises a `ValueError` if tensors do not belong together."""
     sizes = {x.shape[0] for x in (query, value, key)} - {None}
     if len(sizes) > 1:
         raise ValueError(

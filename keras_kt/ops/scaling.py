@@ -32,6 +32,7 @@ def query_features(feature_map, query):
 
 
 def key_features(feature_map, key, keep):
+    """Features of keys, those of masked ones log 0 or 0."""
     features = feature_map(key)
     if keep is None:
         return features
@@ -40,6 +41,7 @@ def key_features(feature_map, key, keep):
 
 
 def with_ones(value, keep):
+    """Values with a column of ones, zero where masked."""
     value = tf.concat([value, tf.ones_like(value[..., :1])], axis=-1)
     return value if keep is None else tf.where(keep, value, 0.0)
 
@@ -73,10 +75,12 @@ def row_maximum(log_query):
 
 
 def exp_key(log_key, maximum):
+    """Features of keys, relative to each feature's maximum."""
     return tf.exp(log_key - maximum[..., tf.newaxis, :])
 
 
 def exp_query(log_query, maximum):
+    """Features of queries, relative to each row's maximum."""
     log_query += maximum[..., tf.newaxis, :]
     return tf.exp(log_query - row_maximum(log_query))
 
