@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "keras_kt"
 # Each module may import only those before it.
 ORDER = (
+    "_checks",
     "written_gradients",
     "base_noise",
     "spectral_priors",
