@@ -6,7 +6,7 @@ VENV ?= .venv
 JOBS ?= 2
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: install demo test lint conformance approximation docs tpu-check
+.PHONY: install demo test test-all lint conformance approximation docs tpu-check
 
 install: $(VENV)/.installed
 
@@ -16,7 +16,11 @@ $(VENV)/.installed: setup.py constraints.txt
 	touch $@
 
 test: install
-	$(VENV)/bin/python -m pytest -n $(JOBS) tests
+	$(VENV)/bin/python -m pytest -n $(JOBS) -m "not slow" tests
+
+# What `make test` leaves out: slow tests, and Keras's own.
+test-all: install
+	$(VENV)/bin/python -m pytest -n $(JOBS) -m slow tests
 	$(MAKE) conformance
 
 # Keras's own tests of MultiHeadAttention, with KernelizedAttention in its place.

@@ -99,6 +99,12 @@ def low_rank(p):
     )
 
 
+def centred_low_rank(p):
+    return tfd.MultivariateNormalDiagPlusLowRankCovariance(
+        cov_diag_factor=positive(p["b"]), cov_perturb_factor=p["f"]
+    )
+
+
 def vector_mixture(p, reparameterize=False):
     components = tfd.MultivariateNormalDiag(p["m"], positive(p["s"]))
     return tfd.MixtureSameFamily(
@@ -159,6 +165,10 @@ _MIXED["s"] = ((3, "head_dim"), "zeros")
 VECTORS = {
     "full covariance": (full_covariance, {"a": _SMALL, **_F}),
     "low rank": (low_rank, {**_AB, "f": (("head_dim", 2), _SMALL)}),
+    "centred low rank": (
+        centred_low_rank,
+        {"b": "zeros", "f": (("head_dim", 2), _SMALL)},
+    ),
     "vector mixture": (vector_mixture, _MIXED),
     "factorised mixture": (factorised_mixture, _MIXED),
     "multivariate Student-t": (student, {"a": _SMALL, **_F}),

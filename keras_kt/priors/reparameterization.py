@@ -251,8 +251,8 @@ def _normal_of_covariance(law):
     factor = tf.linalg.cholesky(law.covariance())
 
     def sample(noise):
-        normal = tf.math.ndtri(noise)
-        return law.loc + tf.linalg.matvec(factor, normal)
+        centred = tf.linalg.matvec(factor, tf.math.ndtri(noise))
+        return centred if law.loc is None else law.loc + centred
 
     return Sampler(law.event_shape[0], sample)
 
