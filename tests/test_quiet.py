@@ -74,7 +74,7 @@ def exercise(is_causal, **arguments):
         tape.watch(inputs)
         loss = tf.reduce_sum(tf.sin(model(inputs)))
     expected = tape.gradient(loss, inputs)
-    np.testing.assert_allclose(gradient, expected, atol=1e-4)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4)
     tf.saved_model.load(keras_kt.export_saved_model(model, folder + "/served"))
     if is_causal:
         # With AutoGraph, as a user's function has it.
@@ -93,15 +93,16 @@ QUICK = [
     {"is_causal": True, "feature_map": "trigonometric"},
     {"is_causal": False, "feature_map": "positive"},
 ]
+# Every prior, each map and causality with several of them.
 ALL = [
-    {"is_causal": is_causal, "spectral_prior": prior, "feature_map": "positive"}
-    for prior in ("normal", "mixture", "fastfood", "generator", "distribution")
-    for is_causal in (False, True)
-]
-ALL += [
-    {**case, "feature_map": "trigonometric"}
-    for case in ALL
-    if case["spectral_prior"] != "generator"
+    {"is_causal": causal, "spectral_prior": prior, "feature_map": feature_map}
+    for prior, causal, feature_map in (
+        ("mixture", True, "positive"),
+        ("fastfood", False, "trigonometric"),
+        ("generator", True, "positive"),
+        ("distribution", False, "positive"),
+        ("distribution", True, "trigonometric"),
+    )
 ]
 ALL += [
     {"is_causal": is_causal, **more}

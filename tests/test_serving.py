@@ -543,29 +543,6 @@ def test_lite_rt_runs_a_fixed_length_and_a_decode_step(feature_map):
         )
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("feature_map", ["positive", "trigonometric"])
-def test_onnx_of_dynamic_shapes_equals_keras(feature_map, is_causal):
-    import onnxruntime
-    import tf2onnx
-
-    layer = keras_kt.KernelizedAttention(3, 4, feature_map=feature_map, seed=0)
-    layer(tf.zeros((1, 1, 12)), tf.zeros((1, 1, 12)))
-    function = tf.function(
-        lambda x: layer(x, x, use_causal_mask=is_causal),
-        input_signature=[tf.TensorSpec((None, None, 12), "float32", "x")],
-        autograph=False,
-    )
-    proto, _ = tf2onnx.convert.from_function(
-        function, input_signature=function.input_signature, opset=18
-    )
-    session = onnxruntime.InferenceSession(proto.SerializeToString())
-    for length in (70, 3):
-        x = keras.random.normal((2, length, 12), seed=length)
-        (output,) = session.run(None, {"x": x.numpy()})
-        np.testing.assert_allclose(output, function(x), atol=1e-4)
-
-
 @pytest.mark.slow
 def test_text_example_learns_exports_and_reloads(tmp_path):
     words = {"neg": b"dull and boring ", "pos": b"a great joy to see "}
