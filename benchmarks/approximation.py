@@ -2,7 +2,7 @@
 
 Random queries and keys on a sphere, |q|² = |k|² = tau; every method sees the
 same inputs for the same seed, and has the same number of features D. Reports
-the relative Frobenius error of the row-normalised matrix, median over seeds,
+the relative Frobenius error of the row-normalized matrix, median over seeds,
 beside the error of replacing attention by the uniform matrix.
 
     python benchmarks/approximation.py --output results/approximation
@@ -33,7 +33,7 @@ METHODS = {
 
 
 def attention_matrix(method, num_features, query, key, seed):
-    """Row-normalised matrix of one draw of a method's features."""
+    """Row-normalized matrix of one draw of a method's features."""
     coupling, radius, two_sided = METHODS[method]
     prior = keras_kt.NormalPrior(coupling=coupling, radius=radius, seed=seed)
     feature_map = keras_kt.PositiveFeatures(two_sided=two_sided)

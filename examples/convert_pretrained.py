@@ -74,7 +74,7 @@ def parse_args():
     add("--bytes", type=int, default=256, help="default: %(default)s")
     add("--test-examples", type=int, default=2000, help="default: %(default)s")
     add("--features", type=int, default=64, help="mean D; default: %(default)s")
-    add("--distil-steps", type=int, default=60, help="default: %(default)s")
+    add("--distill-steps", type=int, default=60, help="default: %(default)s")
     add("--speed-tokens", type=int, default=4096, help="default: %(default)s")
     add("--near-field", type=int, default=64, help="of the causal model")
     add("--prompt", default="This film ", help="default: %(default)r")
@@ -272,12 +272,12 @@ def stages(name, train, test, args):
 
     start = time.perf_counter()
     rng = np.random.default_rng(args.seed)
-    chosen = rng.permutation(len(train[0]))[: 8 * args.distil_steps]
-    keras_kt.distil(
+    chosen = rng.permutation(len(train[0]))[: 8 * args.distill_steps]
+    keras_kt.distill(
         student,
         teacher,
         tf.data.Dataset.from_tensor_slices(train[0][chosen]).batch(8),
-        steps=args.distil_steps,
+        steps=args.distill_steps,
         learning_rate=3e-3,
         train_projections=True,
     )

@@ -177,8 +177,8 @@ class Canvas:
         self.dashes[near] += 1
         return near
 
-    def dot(self, centre):
-        found = self._distances(centre[:, np.newaxis], MARKER_RADIUS)
+    def dot(self, center):
+        found = self._distances(center[:, np.newaxis], MARKER_RADIUS)
         self.levels[_within(MARKER_RADIUS, *found)] = 1.0
 
     def _distances(self, dash, radius):

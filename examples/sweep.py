@@ -398,7 +398,7 @@ def draw_kernels(records):
             panel.set_title(f"{task}, {name}, layer {layer + 1}", fontsize=9)
             panel.set_xlabel("|q − k|")
         row[0].set_ylabel("E cos ω·(q − k)")
-    figure.suptitle("Kernels: a colour a head; dotted before training")
+    figure.suptitle("Kernels: a color a head; dotted before training")
     return figure
 
 

@@ -16,7 +16,7 @@ from keras_kt.conversion.convert import (
     ConvertedLayer,
     convert_attention,
 )
-from keras_kt.conversion.distill import distil
+from keras_kt.conversion.distill import distill
 from keras_kt.conversion.errors import (
     AttentionErrors,
     HeadError,
@@ -84,7 +84,7 @@ __all__ = [
     "closed_form_attention",
     "convert_attention",
     "diagnostics",
-    "distil",
+    "distill",
     "export_saved_model",
     "generate",
     "kernels",

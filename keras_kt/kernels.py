@@ -42,7 +42,7 @@ def softmax_attention(query, key, value, mask=None):
 
 
 def kernel_attention(kernel, value, mask=None):
-    """Attention whose weights are a kernel matrix, normalised over keys.
+    """Attention whose weights are a kernel matrix, normalized over keys.
 
     Args:
         kernel: `(…, query_length, key_length)`.
@@ -122,7 +122,7 @@ def from_frequencies(frequencies, feature_map, x, y):
     Args:
         frequencies: `(heads, num_frequencies, head_dim)`.
         feature_map, x, y: as in `closed_form`. Two-sided positive features and
-            prefactors take the frequencies' own second moments, centre zero.
+            prefactors take the frequencies' own second moments, center zero.
 
     Returns:
         `(heads, n, m)` float64.

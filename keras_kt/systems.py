@@ -103,7 +103,7 @@ def _fastfood_rks(key_dim):
 def _fastfood_prf(key_dim):
     """FastFood-PRF: as FastFood-RKS with one-sided positive features.
 
-    Released: cannot be constructed (its initialiser calls a class that it does
+    Released: cannot be constructed (its initializer calls a class that it does
     not inherit from).
     """
     return {
@@ -117,8 +117,8 @@ def _generator_rks(key_dim):
     """Generator-RKS: frequencies from a network shared by the heads.
 
     Paper and released: hidden layer of 4 · key_dim, tanh output, batch
-    normalisation over the sampled frequencies, whose running statistics serve
-    at inference. Ours: normalises each sample by itself, learned output scale.
+    normalization over the sampled frequencies, whose running statistics serve
+    at inference. Ours: normalizes each sample by itself, learned output scale.
     """
     return {
         "spectral_prior": GeneratorPrior(per_head=False),

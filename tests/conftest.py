@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from keras_kt.layers import attention
-from tests import runtimes
+from tests.helpers import runtimes
 
 tf.config.set_visible_devices([], "GPU")
 

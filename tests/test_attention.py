@@ -10,8 +10,9 @@ import tensorflow as tf
 import keras_kt
 from keras_kt import ops
 from keras_kt.layers import attention
-from tests import cases
-from tests.contract import layer_contract
+from tests.helpers import cases
+from tests.helpers.contract import layer_contract
+from tests.helpers.tensors import array, wrong
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:FastFoodPrior needs a power"),
@@ -21,11 +22,6 @@ pytestmark = [
 
 QUERY, KEYS, FEATURES = (2, 11, 6), (2, 13, 10), 6
 LINEAR = ("positive", "trigonometric")
-
-
-def array(shape, seed=0, scale=1.0):
-    rng = np.random.default_rng(seed)
-    return (scale * rng.normal(size=shape)).astype("float32")
 
 
 def pair_of(route, other, shape=QUERY, **kwargs):
@@ -65,7 +61,7 @@ def test_contract_of_every_prior_and_map(prior_name, map_name, tmp_path):
         (QUERY, KEYS),
         tmp_path,
         exact_jit=2e-4 if map_name == "trigonometric" else 1e-5,
-        # Signed normalisers amplify the rounding of half-precision projections.
+        # Signed normalizers amplify the rounding of half-precision projections.
         half=0.3 if map_name == "trigonometric" else 0.1,
         jit_fit=prior_name in ("normal", "mixture", "generator"),
     )
@@ -697,11 +693,6 @@ def test_trains_better_than_it_started():
     model.compile(keras.optimizers.Adam(1e-2), "mse")
     history = model.fit(data, target, epochs=15, verbose=0).history["loss"]
     assert history[-1] < 0.7 * history[0]
-
-
-def wrong(match, call):
-    with pytest.raises(ValueError, match=match):
-        call()
 
 
 def test_wrong_arguments_name_what_is_expected():

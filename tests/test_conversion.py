@@ -9,7 +9,7 @@ import keras_kt
 from keras_kt import kernels
 from keras_kt.conversion import calibrate as calibration
 from keras_kt.conversion import errors as attention_errors
-from tests import cases, reference
+from tests.helpers import cases, reference
 
 WIDTH, HEADS, KEY_DIM, LENGTH = 6, 3, 5, 11
 UNBIASED = {
@@ -228,12 +228,12 @@ def test_layers_chooses_by_path_or_name():
 
 def test_other_state_and_trainability_are_copied():
     x = keras.Input((None, WIDTH))
-    normalise = keras.layers.Normalization()
-    normalise.adapt(floats())
-    y = keras.layers.BatchNormalization(name="batch")(normalise(x))
+    normalize = keras.layers.Normalization()
+    normalize.adapt(floats())
+    y = keras.layers.BatchNormalization(name="batch")(normalize(x))
     y = attention("attention", use_gate=True)(y, y)
     model = perturbed(keras.Model(x, y))
-    normalise.finalize_state()
+    normalize.finalize_state()
     model.get_layer("batch").trainable = False
     model.get_layer("attention").query_dense.trainable = False
     converted, _ = keras_kt.convert_attention(model, **UNBIASED)
@@ -629,7 +629,7 @@ def test_distillation_brings_attention_closer(target, train_projections):
     keras_kt.calibrate(student, x)
     data = tf.data.Dataset.from_tensor_slices((x, x)).batch(2)
     start = keras_kt.attention_error(student, x, teacher=teacher)
-    history = keras_kt.distil(
+    history = keras_kt.distill(
         student,
         teacher,
         data,
@@ -658,8 +658,8 @@ def test_distillation_refuses_what_it_cannot_train():
     )
     student.get_layer("attention").spectral_prior.trainable = False
     with pytest.raises(ValueError, match="needs something to train"):
-        keras_kt.distil(student, teacher, floats())
+        keras_kt.distill(student, teacher, floats())
     with pytest.raises(ValueError, match="`teacher` must be the model"):
-        keras_kt.distil(student, sequential(), floats())
+        keras_kt.distill(student, sequential(), floats())
     with pytest.raises(ValueError, match="`target` must be one of"):
-        keras_kt.distil(student, teacher, floats(), target="scores")
+        keras_kt.distill(student, teacher, floats(), target="scores")

@@ -223,7 +223,7 @@ def test_row_sums_are_those_of_the_weights(is_causal, is_masked, decay):
     y = keras.layers.Masking(mask_value=99.0)(x) if is_masked else x
     model = keras.Model(x, layer(y, y, use_causal_mask=is_causal))
     inputs = np.random.default_rng(0).normal(size=(4, 33, WIDTH))
-    # Queries and keys that are not aligned make normalisers small.
+    # Queries and keys that are not aligned make normalizers small.
     inputs = 2.0 * inputs.astype("float32")
     if is_masked:
         inputs[::2, 20:] = 99.0

@@ -10,10 +10,15 @@ import tensorflow as tf
 import keras_kt
 from keras_kt.ops import block_grid, linear, quadratic, states
 from keras_kt.ops import window as near
-from tests import cases, reference
-from tests.contract import layer_contract
-from tests.test_attention import array, wrong
-from tests.test_linear_attention import Identity, tokens_first, visible
+from tests.helpers import cases, reference
+from tests.helpers.contract import layer_contract
+from tests.helpers.tensors import (
+    Identity,
+    array,
+    tokens_first,
+    visible,
+    wrong,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*jit_compile.*")
 
@@ -310,7 +315,7 @@ def test_loud_keys_leave_the_past_alone_and_are_forgotten(algorithm, loud):
     np.testing.assert_allclose(output, weights @ arrays[2], atol=2e-5, rtol=0)
 
 
-# A signed normaliser that half precision leaves its sign.
+# A signed normalizer that half precision leaves its sign.
 SMOOTH = keras_kt.TrigonometricFeatures(smoothing=1.0)
 LAYERS = (
     {"decay": "constant"},

@@ -8,7 +8,7 @@ import pytest
 import tensorflow_probability as tfp
 
 import keras_kt
-from tests.test_package import PAGES, ROOT, documented
+from tests.helpers.pages import PAGES, ROOT, documented
 
 ATTENTION = keras_kt.KernelizedAttention
 SOFTMAX = keras.layers.MultiHeadAttention

@@ -9,8 +9,8 @@ import keras
 import numpy as np
 import pytest
 
-from tests.test_package import GLOBALS, PAGES, ROOT, documented
-from tests.test_text_examples import arguments
+from tests.helpers.pages import GLOBALS, PAGES, ROOT, documented
+from tests.helpers.scripts import arguments
 
 EXAMPLES = ROOT / "examples"
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -20,10 +20,10 @@ PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 def built(monkeypatch):
     """The functional models that are made while a test runs."""
     models = []
-    initialise = keras.Model.__init__
+    initialize = keras.Model.__init__
 
     def remember(self, *args, **kwargs):
-        initialise(self, *args, **kwargs)
+        initialize(self, *args, **kwargs)
         models.append(self)
 
     monkeypatch.setattr(keras.Model, "__init__", remember)

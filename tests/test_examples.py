@@ -28,7 +28,7 @@ def test_convert_pretrained_reports_every_stage(tmp_path):
     arguments = (
         f"--data-dir {tmp_path} --output {tmp_path} --steps 10 "
         "--batch-size 4 --words 16 --bytes 40 --near-field 8 --features 32 "
-        "--distil-steps 2 --test-examples 8 --speed-tokens 64 --sample 5"
+        "--distill-steps 2 --test-examples 8 --speed-tokens 64 --sample 5"
     )
     subprocess.run(
         [

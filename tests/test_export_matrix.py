@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
-from tests import runtimes
+from tests.helpers import runtimes
 
 PAGE = Path(__file__).parent.parent / "docs" / "serving.md"
 CAUSAL = {"use_causal_mask": True}
@@ -52,7 +52,7 @@ ALWAYS = {
 MATRIX = {name: dict(ALWAYS) for name in FEATURES}
 for name in FEATURES:
     if "trigonometric" in name:
-        # A normaliser that may be small makes rounding larger.
+        # A normalizer that may be small makes rounding larger.
         MATRIX[name]["SavedModel, XLA"] = 1e-4
     if "decay" in name:
         # Its matrix is summed in float64, of which LiteRT has no cumsum.

@@ -106,7 +106,7 @@ def test_calibration_distillation_and_fine_tuning_run(make, tmp_path):
     assert np.mean([h.matrix for h in report.after.heads]) < np.mean(
         [h.matrix for h in report.before.heads]
     )
-    history = keras_kt.distil(converted, model, x, steps=10)
+    history = keras_kt.distill(converted, model, x, steps=10)
     assert sum(history[-1].values()) < sum(history[0].values())
     converted.compile(
         "sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True)

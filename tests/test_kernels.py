@@ -11,7 +11,7 @@ import tensorflow_probability as tfp
 import keras_kt
 from keras_kt import kernels, numerics
 from keras_kt.priors import base_noise
-from tests import cases
+from tests.helpers import cases
 
 tfd = tfp.distributions
 

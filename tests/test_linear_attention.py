@@ -6,33 +6,12 @@ import tensorflow as tf
 
 from keras_kt.ops import block_grid, linear, quadratic, scaling, states
 from keras_kt.ops.states import AttentionState
-from tests import cases, reference
+from tests.helpers import cases, reference
+from tests.helpers.tensors import Identity, tokens_first, visible
 
 pytestmark = pytest.mark.filterwarnings("ignore:FastFoodPrior needs a power")
 
 CHUNK = 4
-
-
-class Identity:
-    """Log-features handed in as they are, to set their range by hand."""
-
-    positive = True
-    width = 17
-
-    def __call__(self, x):
-        return x
-
-
-def visible(length, keys, mask, causal):
-    seen = np.ones((cases.BATCH, 1, length, keys), "bool")
-    if mask is not None:
-        seen = seen & mask[:, None, None]
-    return np.tril(seen) if causal else seen
-
-
-def tokens_first(*arrays):
-    """The core's `(batch, length, heads, dim)` from heads first, and back."""
-    return [tf.transpose(x, (0, 2, 1, 3)) for x in arrays]
 
 
 def run(algorithm, query, key, value, feature_map, mask):
@@ -142,7 +121,7 @@ def solved(prior_name, map_name, causal, masked):
     keys = cases.LENGTH if causal else cases.KEYS
     prior, feature_map = cases.build(prior_name, map_name)
     # Unit-scale q and k, as a layer scales them: by dim^(-1/4) each. Signed
-    # normalisers come near zero there, which no float32 code survives to five
+    # normalizers come near zero there, which no float32 code survives to five
     # digits, so trigonometric features get |q|² = |k|² = 1/4.
     query, key, value = cases.inputs(keys=keys)
     scale = cases.DIM**-0.25

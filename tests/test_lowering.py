@@ -142,7 +142,7 @@ def test_split_products_are_lowered(options, split, monkeypatch):
             jit_compile=True,
             autograph=False,
         )
-        # The part left out, enlarged by signed normalisers.
+        # The part left out, enlarged by signed normalizers.
         np.testing.assert_allclose(function(x), plain, atol=5e-4)
         text = function.experimental_get_compiler_ir(x)("optimized_hlo")
         return len(re.findall(r" dot\(|custom-call\(", text))

@@ -5,27 +5,15 @@ import doctest
 import inspect
 import re
 import subprocess
-import tempfile
 from pathlib import Path
 
 import keras
-import numpy as np
 import pytest
-import tensorflow as tf
-import tensorflow_probability as tfp
 
 import keras_kt
+from tests.helpers.pages import GLOBALS, PAGES, ROOT, documented
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "keras_kt"
-GLOBALS = {
-    "keras": keras,
-    "keras_kt": keras_kt,
-    "np": np,
-    "tempfile": tempfile,
-    "tf": tf,
-    "tfd": tfp.distributions,
-}
 
 
 def tracked_files():
@@ -45,7 +33,7 @@ def files():
 
 
 @pytest.mark.parametrize("name", keras_kt.__all__)
-def test_public_names_are_documented_and_serialisable(name):
+def test_public_names_are_documented_and_serializable(name):
     value = getattr(keras_kt, name)
     if inspect.isclass(value) or inspect.isfunction(value):
         assert inspect.getdoc(value)
@@ -67,19 +55,6 @@ def test_public_functions_are_documented(path):
                 assert ast.get_docstring(node), f"{name}.{node.name}"
 
 
-def documented():
-    """Public names, and those of public modules."""
-    for name in keras_kt.__all__:
-        value = getattr(keras_kt, name)
-        if not inspect.ismodule(value):
-            yield pytest.param(value, id=name)
-            continue
-        for inner, function in inspect.getmembers(value, inspect.isfunction):
-            is_own = function.__module__.startswith(value.__name__)
-            if is_own and inner[0] != "_":
-                yield pytest.param(function, id=f"{name}.{inner}")
-
-
 @pytest.mark.parametrize("value", list(documented()))
 def test_docstring_examples_run_as_written(value):
     parser = doctest.DocTestParser()
@@ -88,9 +63,6 @@ def test_docstring_examples_run_as_written(value):
     )
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     assert runner.run(examples).failed == 0
-
-
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

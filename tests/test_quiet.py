@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_kt
-from tests import cases
+from tests.helpers import cases
 
 said = []
 

@@ -1,7 +1,6 @@
 """The pure parts of the examples on lists, pictures, DNA and reviews."""
 
 import argparse
-import importlib
 import io
 import pickle
 import tarfile
@@ -10,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+
+from tests.helpers.scripts import script
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LIST_OPERATORS = {
@@ -24,10 +25,6 @@ LINEAGE = "Bacteria; P; C; O; F; G"
 @pytest.fixture(autouse=True)
 def examples_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-
-
-def script(name):
-    return importlib.import_module(name)
 
 
 def list_value(words):
@@ -280,9 +277,9 @@ def test_damaged_reviews_are_named(tmp_path):
 
 def test_cifar10_is_read_from_the_official_archive(tmp_path):
     images = script("image_classification")
-    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 9, 9]])
+    colors = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 9, 9]])
     content = {
-        b"data": np.repeat(colours, 1024, axis=1).astype("uint8"),
+        b"data": np.repeat(colors, 1024, axis=1).astype("uint8"),
         b"labels": [0, 1, 2, 3],
     }
     packed = pickle.dumps(content)

@@ -16,7 +16,7 @@ import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 import keras_kt
-from tests import cases, runtimes
+from tests.helpers import cases, runtimes
 
 ROOT = Path(__file__).parent.parent
 TENSORFLOW = Path(tf.sysconfig.get_lib())

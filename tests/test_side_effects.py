@@ -384,7 +384,7 @@ def test_conversion_and_its_tools_leave_models_as_they_were():
     for use in (
         lambda: keras_kt.attention_error(converted, batch),
         lambda: keras_kt.attention_error(converted, batch, teacher=model),
-        lambda: keras_kt.distil(converted, model, batch, steps=1),
+        lambda: keras_kt.distill(converted, model, batch, steps=1),
         lambda: keras_kt.diagnostics.attention_maps(converted, batch),
         lambda: keras_kt.diagnostics.health(converted, batch),
     ):

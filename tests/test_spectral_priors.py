@@ -6,7 +6,7 @@ import tensorflow_probability as tfp
 
 import keras_kt
 from keras_kt import priors
-from tests import cases
+from tests.helpers import cases
 
 tfd = tfp.distributions
 

@@ -286,7 +286,7 @@ def test_functions_take_every_spelling():
         report = keras_kt.calibrate(
             model, X, budget=spell(12), batches=spell(1), steps=spell(1)
         )
-        history = keras_kt.distil(
+        history = keras_kt.distill(
             model,
             softmax,
             X,

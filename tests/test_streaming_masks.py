@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
-from tests.test_attention import array, wrong
+from tests.helpers.tensors import array, wrong
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*jit_compile.*")
 

@@ -1,7 +1,5 @@
 """The pure parts of the sparsity study and of the examples on text."""
 
-import argparse
-import importlib
 import tarfile
 import zipfile
 from pathlib import Path
@@ -9,30 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers.scripts import arguments, script
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(autouse=True)
 def examples_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-
-
-def script(name):
-    return importlib.import_module(name)
-
-
-def arguments(name, folder, **values):
-    """What `parse_args` gives for the cpu preset, with a few values set."""
-    common = importlib.import_module("common")
-    preset = script(name).PRESETS["cpu"]
-    fields = {k: v for k, v in values.items() if hasattr(preset, k)}
-    rest = {k: v for k, v in values.items() if k not in fields}
-    return argparse.Namespace(
-        data_dir=folder,
-        seed=0,
-        preset=common.dataclasses.replace(preset, **fields),
-        **dict.fromkeys((*common.LAYER_FLAGS, *common.KERNEL_FLAGS)) | rest,
-    )
 
 
 @pytest.mark.parametrize("density", [1.0, 0.25, 1 / 16])

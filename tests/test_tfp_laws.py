@@ -150,7 +150,7 @@ def repeated(p):
 
 
 def sphere(p):
-    """Uniform directions at a learned distance from a learned centre."""
+    """Uniform directions at a learned distance from a learned center."""
     return tfd.TransformedDistribution(
         tfd.SphericalUniform(DIM, batch_shape=[HEADS]),
         tfb.Chain([tfb.Shift(p["a"]), tfb.Scale(positive(p["b"][:, :1]))]),
@@ -165,7 +165,7 @@ _MIXED["s"] = ((3, "head_dim"), "zeros")
 VECTORS = {
     "full covariance": (full_covariance, {"a": _SMALL, **_F}),
     "low rank": (low_rank, {**_AB, "f": (("head_dim", 2), _SMALL)}),
-    "centred low rank": (
+    "centered low rank": (
         centred_low_rank,
         {"b": "zeros", "f": (("head_dim", 2), _SMALL)},
     ),

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
-from tests import contract
+from tests.helpers import contract
 
 WIDTH = 12
 

@@ -112,7 +112,7 @@ def calibrate(model, data, *, budget=None, batches=1, steps=300):
             moved.append(item)
             continue
         if item.layer.key_dense.bias is None:
-            notes[item.path] = "not centred: its projections have no biases"
+            notes[item.path] = "not centered: its projections have no biases"
         moved.append(_balance(item))
     if budget is not None:
         _spend(moved, budget)

@@ -97,7 +97,7 @@ def convert_attention(
     The original is left as it is. The copy has the class of the original and
     all of its weights, attention's projections included, and is not compiled.
     What changes is the kernel: converted layers estimate softmax. Measure it
-    with `attention_error`, improve it with `calibrate`, then `distil`, then
+    with `attention_error`, improve it with `calibrate`, then `distill`, then
     `fit`.
 
     Functional models, nested or not, Sequential models and models whose

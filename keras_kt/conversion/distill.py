@@ -10,7 +10,7 @@ from keras_kt.conversion.probe import kept_losses
 TARGETS = ("output", "matrix")
 
 
-def distil(
+def distill(
     student,
     teacher,
     data,
@@ -47,7 +47,7 @@ def distil(
     >>> softmax = keras.Model(x, y)
     >>> linear, _ = keras_kt.convert_attention(softmax)
     >>> batch = np.random.normal(size=(1, 50, 8)).astype("float32")
-    >>> history = keras_kt.distil(linear, softmax, batch, steps=3)
+    >>> history = keras_kt.distill(linear, softmax, batch, steps=3)
     >>> len(history), list(history[0])
     (3, ['attention'])
     """
@@ -67,7 +67,7 @@ def distil(
             variables += layer.key_dense.trainable_variables
     if not variables:
         raise ValueError(
-            "`distil` needs something to train. Received: layers whose priors "
+            "`distill` needs something to train. Received: layers whose priors "
             "have no trainable weights. Use train_projections=True, or convert "
             "with another `spectral_prior`."
         )

@@ -54,7 +54,7 @@ class HeadError(NamedTuple):
         if self.matrix <= max(0.5 * self.uniform, 0.05):
             return "follows softmax"
         if self.matrix < 0.9 * self.uniform:
-            return "rough: distil or fine-tune"
+            return "rough: distill or fine-tune"
         return (
             "hopeless: hardly better than uniform attention, if at all; keep "
             "softmax or retrain"
@@ -307,7 +307,7 @@ def nominal_logits(layer, query, key):
     if isinstance(layer, KernelizedAttention):
         if layer.qk_norm:
             raise ValueError(
-                "A layer that normalises queries and keys stands for no softmax"
+                "A layer that normalizes queries and keys stands for no softmax"
                 f" attention. Received: layer {layer.name!r} with qk_norm="
                 f"{layer.qk_norm!r}. Convert without it."
             )

@@ -2,7 +2,7 @@
 
 KerasHub is never imported; where it is in use, its layers are recognised. Its
 decoder blocks merge causality into a dense mask, which costs O(length²), and
-pass a key-value cache: `linearise_masks` keeps causality apart, and
+pass a key-value cache: `linearize_masks` keeps causality apart, and
 `CachedKernelizedAttention` takes the cache.
 """
 
@@ -131,7 +131,7 @@ def cached_class():
     return _hub("CachedMultiHeadAttention")
 
 
-def linearise_masks(model):
+def linearize_masks(model):
     """Lets converted decoder blocks pass causality apart from padding."""
     for block, attention in causal_attention(model):
         if isinstance(attention, CachedKernelizedAttention):

@@ -50,7 +50,7 @@ def copy_with(model, plans):
             replace_layer(parent, twin, new)
         else:
             _transfer(original, twin)
-    keras_hub.linearise_masks(copy)
+    keras_hub.linearize_masks(copy)
     inner = {id(new) for new in made.values()}
     for layer in rebuilt:
         if any(id(other) in inner for other in layer._flatten_layers()):

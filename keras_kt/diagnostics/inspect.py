@@ -65,7 +65,7 @@ class AttentionMap(NamedTuple):
         weights: `(batch, heads, query_length, key_length)`, implied by the
             features; rows sum to one.
         softmax: softmax's weights for the same queries and keys, or `None` for
-            a layer that normalises them.
+            a layer that normalizes them.
     """
 
     path: str
@@ -76,7 +76,7 @@ class AttentionMap(NamedTuple):
 class RowSums(NamedTuple):
     """What a layer's attention weights sum to, where that is not always one.
 
-    Signed features can give a query a normaliser near zero or below it, which
+    Signed features can give a query a normalizer near zero or below it, which
     is then guarded: the row of weights is scaled, and sums to less than one.
 
     Attributes:
@@ -488,7 +488,7 @@ def _sums_findings(path, sums):
                 head,
                 f"{100 * guarded:.2g} % of its rows of attention weights sum "
                 f"to less than one, the least to {least:.2g}: their signed "
-                "normalisers are near zero or negative, and guarded",
+                "normalizers are near zero or negative, and guarded",
                 "Outputs of these queries are scaled down: raise `smoothing` "
                 "or `num_features`, use qk_norm='l2', or positive features",
             )
@@ -514,8 +514,8 @@ def _is_signed(layer):
 
 def _deviation(query, key, omega, weights):
     """Predicted relative standard deviation of k(q, k), theory's fact 5."""
-    centre = weights @ omega
-    second = np.einsum("m,md,me->de", weights, omega - centre, omega - centre)
+    center = weights @ omega
+    second = np.einsum("m,md,me->de", weights, omega - center, omega - center)
     moments = [x.T @ x / len(x) for x in (query, key)]
     v = np.sum(second * (moments[0] + moments[1]))
     v += 2.0 * query.mean(0) @ second @ key.mean(0)

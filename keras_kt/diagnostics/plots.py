@@ -175,7 +175,7 @@ def plot_history(monitor, path=None):
 
     Returns:
         A matplotlib figure, a panel for each quantity of `monitor.history`;
-        colours are heads, strokes are distances or a mixture's components.
+        colors are heads, strokes are distances or a mixture's components.
 
     Examples:
 

@@ -126,7 +126,7 @@ class PositiveFeatures(FeatureMap):
     """Positive random features (PRF): φ_ω(x) = h(x) exp(ω·x).
 
     k(x, y) = E[φ_ω(x)·φ_ω(y)] = h(x) h(y) E exp(ω·(x + y)): always positive, so
-    attention weights are a convex combination and the normaliser is at least
+    attention weights are a convex combination and the normalizer is at least
     one, without any epsilon.
 
     Args:

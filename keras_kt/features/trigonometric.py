@@ -48,7 +48,7 @@ class TrigonometricFeatures(FeatureMap):
     k(x, y) = E cos(ω·(x − y)) + s: shift-invariant, defined for every prior,
     heavy tails included, and bounded. The estimate may be negative, so weights
     need not be a convex combination; the smoothing s (an atom of the prior at
-    ω = 0) keeps the normaliser away from zero and is learned per head.
+    ω = 0) keeps the normalizer away from zero and is learned per head.
 
     Args:
         smoothing: s at the start. Defaults to 0.1.

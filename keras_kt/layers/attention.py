@@ -80,7 +80,7 @@ class KernelizedAttention(keras.layers.Layer):
     k(x, y) = E[φ_ω(x)·φ_ω(y)], ω drawn from a trainable spectral prior; the
     matrix is never formed.
 
-    Masked keys leave numerator and normaliser by selection, so their content
+    Masked keys leave numerator and normalizer by selection, so their content
     (NaN too) has no effect. Masked queries, and queries that see no key, get a
     zero context (the output bias). True keeps in every mask.
 
@@ -112,7 +112,7 @@ class KernelizedAttention(keras.layers.Layer):
             means one whole block of orthogonal frequencies for each component
             of the prior: 2 · key_dim · components.
         qk_norm: `None` (default) scales queries and keys by key_dim^(-1/4)
-            each, as `MultiHeadAttention` does; `"l2"` normalises them and
+            each, as `MultiHeadAttention` does; `"l2"` normalizes them and
             learns a temperature per head, which bounds the logits.
         redraw: `"never"` (default): one stored draw of the base noise, a
             weight. `"step"`: fresh noise at every training step; inference,
@@ -134,7 +134,7 @@ class KernelizedAttention(keras.layers.Layer):
 
         near_field: number of tokens; keys less than that far from the query
             weigh by the kernel in closed form, those beyond by features, under
-            one normaliser. Needs positive features of a normal or mixture
+            one normalizer. Needs positive features of a normal or mixture
             prior. The distance is a number of visible tokens: masked ones take
             no place. Defaults to `None`: features at any distance.
 

@@ -219,17 +219,17 @@ class KernelizedTransformerEncoder(_Block):
     """A transformer encoder block at a cost linear in length.
 
     Self-attention by `KernelizedAttention`, then two dense layers, each with a
-    residual connection, layer normalisation and dropout.
+    residual connection, layer normalization and dropout.
 
     Args:
         intermediate_dim: width of the hidden layer of the feed-forward network.
         num_heads: number of attention heads.
         dropout: rate of dropout of both branches and of the heads' outputs.
         activation: of the hidden layer. Defaults to `"relu"`.
-        layer_norm_epsilon: of the layer normalisations.
+        layer_norm_epsilon: of the layer normalizations.
         kernel_initializer: of dense and attention projections.
         bias_initializer: likewise.
-        normalize_first: whether each branch normalises its input (pre-norm)
+        normalize_first: whether each branch normalizes its input (pre-norm)
             instead of the sum. Defaults to `False`, as in KerasHub.
         key_dim: size of queries and keys per head. Defaults to `None`, which
             means width / `num_heads`.
@@ -287,17 +287,17 @@ class KernelizedTransformerDecoder(_Block):
     """A transformer decoder block that streams at a constant cost per token.
 
     Causal self-attention, then attention to an encoder's output if there is
-    one, then two dense layers, each with residual, normalisation and dropout.
+    one, then two dense layers, each with residual, normalization and dropout.
 
     Args:
         intermediate_dim: width of the hidden layer of the feed-forward network.
         num_heads: number of attention heads.
         dropout: rate of dropout of both branches and of the heads' outputs.
         activation: of the hidden layer. Defaults to `"relu"`.
-        layer_norm_epsilon: of the layer normalisations.
+        layer_norm_epsilon: of the layer normalizations.
         kernel_initializer: of dense and attention projections.
         bias_initializer: likewise.
-        normalize_first: whether each branch normalises its input (pre-norm)
+        normalize_first: whether each branch normalizes its input (pre-norm)
             instead of the sum. Defaults to `False`, as in KerasHub.
         key_dim: size of queries and keys per head. Defaults to `None`, which
             means width / `num_heads`.

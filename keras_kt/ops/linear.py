@@ -203,7 +203,7 @@ def causal_walk(
         blocks: the grid of the blocks; `None` for the usual one.
 
     Returns:
-        Outputs, the logarithms of their normalisers (absolute and with a
+        Outputs, the logarithms of their normalizers (absolute and with a
         gradient only where blocks tell their scale), and the state after.
     """
     query, key, value = inputs[:3]
@@ -437,7 +437,7 @@ def _sums(feature_map, key, value, keep, maximum):
 
 
 def _read(feature_map, query, maximum, sums):
-    """Numerators and normaliser of a block of queries."""
+    """Numerators and normalizer of a block of queries."""
     features = query_features(feature_map, query)
     if feature_map.positive:
         features = exp_query(features, maximum)
@@ -445,7 +445,7 @@ def _read(feature_map, query, maximum, sums):
 
 
 def _causal_block(feature_map, inputs, keep, maximum, sums):
-    """Numerators and normalisers of a block, and the carry after it."""
+    """Numerators and normalizers of a block, and the carry after it."""
     query, key, value = inputs
     query = query_features(feature_map, query)
     key = key_features(feature_map, key, keep)
@@ -492,7 +492,7 @@ def fading_block(feature_map, inputs, keep, maximum, sums):
 def _strict_block(feature_map, inputs, keep, maximum, sums):
     """A block of log-features of any range, a few tokens at a time.
 
-    Gives outputs, normalisers of one, and the logarithms of what they were.
+    Gives outputs, normalizers of one, and the logarithms of what they were.
     """
     inputs = [swap_heads(x) for x in inputs]
     mask = None if keep is None else keep[:, 0, :, 0]
@@ -511,7 +511,7 @@ def _exact_block(feature_map, inputs, keep, maximum, sums):
     """A block with logits formed pair by pair, for few tokens.
 
     Each row is scaled by the largest exponent that it sees, so that its
-    normaliser is at least one.
+    normalizer is at least one.
     """
     query, key, value, *decay = inputs
     query = query_features(feature_map, query)

@@ -3,13 +3,13 @@
 Positive features are exponentiated relative to the maximum of each feature over
 the keys and the maximum of each query over its features. Both cancel in the
 ratio, all exponents are ≤ 0, and some feature of some key reaches 1, so the
-normaliser is at least one in the bidirectional form and needs no epsilon. Where
-a mask hides the key that set the maximum the normaliser can be small; it is
+normalizer is at least one in the bidirectional form and needs no epsilon. Where
+a mask hides the key that set the maximum the normalizer can be small; it is
 its own certificate: as long as it stays above e⁻⁶⁰ nothing was lost to
 underflow, and below that an exact, slower form takes over at run time.
 
 Values carry a column of ones, so that one product gives numerator and
-normaliser. Masked keys have a zero row there, which removes them from both.
+normalizer. Masked keys have a zero row there, which removes them from both.
 """
 
 import math
@@ -22,7 +22,7 @@ from keras_kt.ops.block_grid import size_of
 FLOOR = -1e30
 MOST_EXCESS = 60.0
 UNDERFLOW = math.exp(-MOST_EXCESS)
-# Signed normalisers are kept away from zero by this share of the key count.
+# Signed normalizers are kept away from zero by this share of the key count.
 SIGNED_LIMIT = 1e-2
 
 
@@ -86,7 +86,7 @@ def exp_query(log_query, maximum):
 
 
 def divide(sums, count=None):
-    """Numerator over normaliser, and the normaliser.
+    """Numerator over normalizer, and the normalizer.
 
     `count`, the number of visible keys, marks signed features.
     """
@@ -114,14 +114,14 @@ def _inverse(normalizer, count):
 
 
 def safe_ratio(numerator, normalizer):
-    """A ratio that is zero where the normaliser is."""
+    """A ratio that is zero where the normalizer is."""
     visible = normalizer > 0.0
     ratio = numerator / tf.where(visible, normalizer, 1.0)
     return tf.where(visible, ratio, 0.0)
 
 
 def guarded(normalizer, count):
-    """A signed normaliser kept away from zero; 1 where nothing is seen."""
+    """A signed normalizer kept away from zero; 1 where nothing is seen."""
     limit = SIGNED_LIMIT * tf.where(count > 0.0, count, 1.0 / SIGNED_LIMIT)
     magnitude = tf.maximum(tf.abs(normalizer), limit)
     return tf.where(normalizer < 0.0, -magnitude, magnitude)
@@ -136,7 +136,7 @@ def is_exact(sums, sees):
 
 
 def absolute_log(normalizer, scale):
-    """Logarithm of a normaliser that was divided by exp(scale)."""
+    """Logarithm of a normalizer that was divided by exp(scale)."""
     visible = normalizer > 0.0
     logarithm = tf.math.log(tf.where(visible, normalizer, 1.0)) + scale
     return tf.where(visible, logarithm, FLOOR)

@@ -1,7 +1,7 @@
 """Weights that depend on the distance: an exact near field, and fading.
 
 Attention to disjoint sets of keys is merged by the logarithms of its
-normalisers: keys of a window by their exact kernel, those before it by features
+normalizers: keys of a window by their exact kernel, those before it by features
 that a decay may fade, and those after by the same in reverse order.
 """
 
@@ -74,7 +74,7 @@ def near_field(
     use_causal_mask=False,
     state=None,
 ):
-    """Exact weights of near keys, features beyond, one normaliser.
+    """Exact weights of near keys, features beyond, one normalizer.
 
     For positive features. Time and memory are those of `causal`, twice if not
     causal, and O(length · window) more. Masked tokens take no place: the
@@ -178,7 +178,7 @@ def _past(query, line, order, feature_map, distance, state):
         line: preceded by `distance` earlier tokens.
 
     Returns:
-        Outputs with the logarithms of their normalisers, and the state.
+        Outputs with the logarithms of their normalizers, and the state.
     """
     length = size_of(query, 1)
     entering = [_slots(x, order, -1, length) for x in line]
@@ -240,7 +240,7 @@ def _band(query, line, decay, order, kernel, window, sides):
         sides: 1 for keys up to the query, 2 for those after it, too.
 
     Returns:
-        Outputs with the logarithms of their normalisers.
+        Outputs with the logarithms of their normalizers.
     """
     batch, length = size_of(query, 0), size_of(query, 1)
     chunks = shares(length, window)
@@ -363,7 +363,7 @@ def _moving_sum(x, count):
 
 
 def _merge(*parts):
-    """Attention to disjoint keys as one: outputs by their normalisers."""
+    """Attention to disjoint keys as one: outputs by their normalizers."""
     # Not `add_n`, which sums three parts in an order that changes from call to
     # call: it begins with whichever buffer happens to be free.
     outputs, logarithms = (tf.stack(x) for x in zip(*parts, strict=True))

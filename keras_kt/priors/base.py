@@ -45,7 +45,7 @@ class Frequencies(NamedTuple):
     def of_samples(cls, omega: tf.Tensor) -> "Frequencies":
         """Equally likely frequencies, whose moments are those of the draw.
 
-        Their centre is zero. For laws whose own moments are not known: the
+        Their center is zero. For laws whose own moments are not known: the
         kernel is then that of the draw.
 
         Args:

@@ -18,7 +18,7 @@ class GeneratorPrior(SpectralPrior):
     """Frequencies from a learned generator network: ω = g(ε), ε ~ N(0, I).
 
     g is a stack of dense layers with a leaky ReLU, each followed by a root mean
-    square normalisation of the one sample (never over samples, so that
+    square normalization of the one sample (never over samples, so that
     frequencies stay independent and inference needs no running statistics),
     then a · tanh(·) with a learned scale a per coordinate. Its start has unit
     variance per coordinate, as N(0, I) has. Two-sided features estimate the

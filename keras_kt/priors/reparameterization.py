@@ -251,8 +251,8 @@ def _normal_of_covariance(law):
     factor = tf.linalg.cholesky(law.covariance())
 
     def sample(noise):
-        centred = tf.linalg.matvec(factor, tf.math.ndtri(noise))
-        return centred if law.loc is None else law.loc + centred
+        centered = tf.linalg.matvec(factor, tf.math.ndtri(noise))
+        return centered if law.loc is None else law.loc + centered
 
     return Sampler(law.event_shape[0], sample)
 
@@ -260,10 +260,10 @@ def _normal_of_covariance(law):
 def _generalized_normal(law):
     # TFP's quantile has NaN gradients: it takes powers of what it discards.
     def sample(noise):
-        centred = 2.0 * noise[..., 0] - 1.0
+        centered = 2.0 * noise[..., 0] - 1.0
         power = tf.math.reciprocal(law.power)
-        size = tfp.math.igammainv(power, tf.abs(centred))
-        return law.loc + tf.sign(centred) * law.scale * tf.pow(size, power)
+        size = tfp.math.igammainv(power, tf.abs(centered))
+        return law.loc + tf.sign(centered) * law.scale * tf.pow(size, power)
 
     return Sampler(1, sample)
 

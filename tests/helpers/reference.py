@@ -137,7 +137,7 @@ def features(x, frequencies, kind):
 def attention(query, key, value, visible, limit=0.0):
     """Kernel attention of features; `visible` is `(batch, 1, t, s)`.
 
-    Normalisers below `limit` times the number of keys are kept there.
+    Normalizers below `limit` times the number of keys are kept there.
     """
     kernel = np.einsum("bhtf,bhsf->bhts", query, key)
     return attention_of(kernel, value, visible, limit)

@@ -10,7 +10,7 @@ import tensorflow as tf
 from tensorflow.core.framework import kernel_def_pb2
 from tensorflow.core.protobuf import saved_model_pb2
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TENSORFLOW = Path(tf.sysconfig.get_lib())
 
 

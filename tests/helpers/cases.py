@@ -6,7 +6,7 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 import keras_kt
-from tests import reference
+from tests.helpers import reference
 
 tfd = tfp.distributions
 
