@@ -6,9 +6,7 @@ Pure functions of heads and bound feature maps. `attend` is the one way in;
 
 from typing import NamedTuple
 
-import tensorflow as tf
-
-from keras_kt.ops import linear, quadratic, window
+from keras_kt.ops import linear, quadratic, scaling, window
 
 
 class NearField(NamedTuple):
@@ -64,51 +62,25 @@ def attend(
         `(batch, query_length, heads, value_dim)`, zeros where no key is seen,
         and the state after the last token; `None` where there is none.
     """
+    tokens = query, key, value, feature_map
     options = {"key_mask": key_mask, "decay": decay}
     if attention_mask is not None:
-        output, _ = attend_with_matrix(
-            query,
-            key,
-            value,
-            feature_map,
-            causal=causal,
-            attention_mask=attention_mask,
-            near=near,
-            **options,
-        )
+        options |= {"attention_mask": attention_mask, "near": near}
+        output, _ = quadratic.attend(*tokens, causal=causal, **options)
         return output, None
-    repeats = query.shape[2] // key.shape[2]
-    if repeats > 1:
-        grouped = _grouped(repeats, query, key, value, key_mask, decay)
-        if state is not None:
-            state = tf.nest.map_structure(
-                lambda x: tf.repeat(x, repeats, axis=0), state
-            )
-        *tokens, key_mask, decay = grouped
-        output, state = attend(
-            *tokens,
-            feature_map,
-            causal=causal,
-            key_mask=key_mask,
-            decay=decay,
-            near=near,
-            state=state,
-        )
-        if state is not None:
-            state = tf.nest.map_structure(lambda x: x[::repeats], state)
-        return _ungrouped(repeats, output), state
-    tokens = query, key, value, feature_map
     if near is not None:
-        return window.near_field(
-            *tokens, *near, use_causal_mask=causal, state=state, **options
-        )
-    if state is not None:
-        return linear.step(*tokens, state, **options)
-    if causal:
-        return linear.causal(*tokens, **options)
-    if decay is not None:
+        options |= {"causal": causal, "state": state}
+        return window.attend(*tokens, *near, **options)
+    if decay is not None and not causal:
         return window.fading(*tokens, decay, key_mask=key_mask), None
-    return linear.bidirectional(*tokens, key_mask=key_mask), None
+    if not causal:
+        sums = linear.bidirectional(*tokens, key_mask=key_mask)
+    elif state is not None and query.shape[1] == 1:
+        sums, state = linear.step(*tokens, state=state, **options)
+    else:
+        sums, state = linear.causal(*tokens, state=state, **options)
+    output, _ = scaling.divide(sums, not feature_map.positive)
+    return output, state
 
 
 def attend_with_matrix(
@@ -133,66 +105,14 @@ def attend_with_matrix(
         Outputs as in `attend`, and the attention weights
         `(batch, heads, query_length, key_length)`.
     """
-    repeats = query.shape[2] // key.shape[2]
-    query, key, value, key_mask, decay = _grouped(
-        repeats, query, key, value, key_mask, decay
-    )
-    if repeats > 1 and attention_mask is not None:
-        attention_mask = _grouped_mask(repeats, attention_mask, key.shape[2])
-    kernel, size = near or (None, 0)
-    output, weights = quadratic.quadratic(
+    return quadratic.attend(
         query,
         key,
         value,
         feature_map,
+        causal=causal,
         key_mask=key_mask,
         attention_mask=attention_mask,
-        use_causal_mask=causal,
         decay=decay,
-        kernel=kernel,
-        window=size,
+        near=near,
     )
-    if repeats > 1:
-        weights = tf.transpose(weights, (0, 2, 1, 3))
-        weights = tf.transpose(_ungrouped(repeats, weights), (0, 2, 1, 3))
-    return _ungrouped(repeats, output), weights
-
-
-# Query heads that share a key-value head, one beside the other in the batch.
-
-
-def _grouped(repeats, query, key, value, key_mask, decay):
-    if repeats == 1:
-        return query, key, value, key_mask, decay
-    shape = tf.shape(query)
-    query = tf.reshape(
-        query, (shape[0], shape[1], key.shape[2], repeats, query.shape[3])
-    )
-    query = tf.reshape(
-        tf.transpose(query, (0, 3, 1, 2, 4)),
-        (-1, shape[1], key.shape[2], query.shape[4]),
-    )
-    rest = [
-        None if x is None else tf.repeat(x, repeats, axis=0)
-        for x in (key, value, key_mask, decay)
-    ]
-    return query, *rest
-
-
-def _ungrouped(repeats, x):
-    if repeats == 1:
-        return x
-    shape = tf.shape(x)
-    x = tf.reshape(x, (-1, repeats, shape[1], x.shape[2], x.shape[3]))
-    x = tf.transpose(x, (0, 2, 3, 1, 4))
-    return tf.reshape(x, (-1, shape[1], x.shape[2] * repeats, shape[3]))
-
-
-def _grouped_mask(repeats, mask, heads):
-    mask = tf.cast(mask, "bool")
-    if mask.shape[1] == 1:
-        return tf.repeat(mask, repeats, axis=0)
-    shape = tf.shape(mask)
-    mask = tf.reshape(mask, (shape[0], heads, repeats, shape[2], shape[3]))
-    mask = tf.transpose(mask, (0, 2, 1, 3, 4))
-    return tf.reshape(mask, (-1, heads, shape[2], shape[3]))

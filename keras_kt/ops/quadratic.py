@@ -1,127 +1,125 @@
-"""The same estimate with the attention matrix formed; takes any mask."""
+"""The same estimate with the attention matrix formed; takes any mask.
+
+O(query_length · key_length) time and memory.
+"""
 
 import tensorflow as tf
 
 from keras_kt.numerics import precise_product
-from keras_kt.ops import visible_tokens
-from keras_kt.ops.block_grid import size_of, swap_heads, walk
-from keras_kt.ops.scaling import (
-    FLOOR,
-    exp_key,
-    exp_query,
-    guarded,
-    is_exact,
-    key_features,
-    maximum_of,
-    query_features,
-    row_maximum,
-    safe_ratio,
-    visible_decay,
-)
-from keras_kt.written_gradients import written_gradient
+from keras_kt.ops import heads, scaling, visible_tokens
+from keras_kt.ops.blocks import Blocks
+from keras_kt.ops.heads import size_of, swap_heads
+from keras_kt.ops.scaling import FLOOR
+from keras_kt.ops.scan import scan
 
 
-def quadratic(
+def attend(
     query,
     key,
     value,
     feature_map,
     *,
+    causal=False,
     key_mask=None,
     attention_mask=None,
-    use_causal_mask=False,
     decay=None,
-    kernel=None,
-    window=0,
+    near=None,
 ):
-    """The same estimate with the attention matrix formed; takes any mask.
-
-    O(query_length · key_length) time and memory.
-
-    Args:
-        query, key, value, feature_map, key_mask: as in `bidirectional`.
-        attention_mask: boolean, broadcast to
-            `(batch, heads, query_length, key_length)`; or `None`.
-        use_causal_mask: whether query t sees keys 0 … t only.
-        decay: `(batch, key_length, heads, 1)` as in `causal`; a key after the
-            query fades by the decay of the tokens from there to itself.
-        kernel, window: as in `distance.near_field`, or `None`.
-
-    Returns:
-        Outputs as in `bidirectional`, and the attention weights
-        `(batch, heads, query_length, key_length)`.
-    """
-    query, key, value = (
-        tf.transpose(x, (0, 2, 1, 3)) for x in (query, key, value)
-    )
-    visible = tf.ones((size_of(query, 2), size_of(key, 2)), "bool")
-    visible = visible[tf.newaxis, tf.newaxis]
+    """As `ops.attend_with_matrix`."""
+    repeats = query.shape[2] // key.shape[2]
+    if repeats > 1:
+        attention_mask = _mask_to_batch(
+            attention_mask, size_of(query, 0), repeats
+        )
+        query = heads.to_batch(query, repeats)
+        key, value, key_mask, decay = (
+            None if x is None else tf.repeat(x, repeats, axis=0)
+            for x in (key, value, key_mask, decay)
+        )
+    query, key, value = map(swap_heads, (query, key, value))
     keep = None
-    if use_causal_mask:
+    if key_mask is not None:
+        keep = tf.cast(key_mask, "bool")[:, tf.newaxis, :, tf.newaxis]
+        value = tf.where(keep, value, 0.0)
+    lengths = size_of(query, 2), size_of(key, 2)
+    visible = _visible(lengths, causal, keep, attention_mask)
+    log_fading = 0.0
+    if decay is not None:
+        decay = swap_heads(scaling.visible_decay(decay, key_mask))
+        log_fading = _log_fading(decay, lengths[0])
+    exact = is_near = None
+    if near is not None:
+        is_near = _near(lengths, key_mask, near.window)
+        kept_key = key if keep is None else tf.where(keep, key, 0.0)
+        exact = _exact_logits(near.kernel, query, kept_key) + log_fading
+        exact = tf.where(is_near & visible, exact, FLOOR)
+    # The kernel of a near field leaves out the same factor of each query.
+    query = scaling.query_features(feature_map, query)
+    key = scaling.key_features(feature_map, key, keep)
+    if feature_map.positive:
+        weights = _weights(query, key, visible, log_fading, is_near, exact)
+    else:
+        weights = _signed_weights(query, key, visible, log_fading)
+    output = swap_heads(tf.matmul(weights, value))
+    if repeats > 1:
+        output = heads.from_batch(output, repeats)
+        weights = swap_heads(heads.from_batch(swap_heads(weights), repeats))
+    return output, weights
+
+
+def _visible(lengths, causal, keep, attention_mask):
+    """Which `(batch, heads, t, s)` are seen."""
+    visible = tf.ones(lengths, "bool")[tf.newaxis, tf.newaxis]
+    if causal:
         visible = tf.linalg.band_part(visible, -1, 0)
     if attention_mask is not None:
-        visible = tf.logical_and(visible, tf.cast(attention_mask, "bool"))
-    if key_mask is not None:
-        seen = tf.cast(key_mask, "bool")[:, tf.newaxis, tf.newaxis]
-        visible = tf.logical_and(visible, seen)
-        keep = tf.linalg.matrix_transpose(seen)
-        value = tf.where(keep, value, 0.0)
-    log_fading, near = 0.0, None
-    if decay is not None:
-        decay = swap_heads(visible_decay(decay, key_mask))
-        log_fading = _log_fading(decay, size_of(query, 2))
-    if kernel is not None:
-        near = _near(query, key, key_mask, window)
-        kept_key = key if keep is None else tf.where(keep, key, 0.0)
-        exact = _exact_logits(kernel, query, kept_key) + log_fading
-        # The kernel leaves out the same factor of each query.
-        log_query = query_features(feature_map, query)
-    else:
-        log_query = feature_map(query)
-    log_key = key_features(feature_map, key, keep)
-    query, key = log_query, log_key
-    if feature_map.positive:
-        maximum = maximum_of(log_key)
-        query = exp_query(log_query, maximum)
-        key = exp_key(log_key, maximum)
-    scores = tf.matmul(query, key, transpose_b=True)
-    if decay is not None:
-        scores *= tf.exp(log_fading)
-    if near is not None:
+        visible &= tf.cast(attention_mask, "bool")
+    return visible if keep is None else visible & tf.einsum("bhsd->bhds", keep)
+
+
+def _weights(log_query, log_key, visible, log_fading, is_near, exact):
+    """Attention weights of positive features, `(batch, heads, t, s)`."""
+    maximum = scaling.maximum_of(log_key)
+    query, scale = scaling.exp_query(log_query, maximum)
+    key = scaling.exp_key(log_key, maximum)
+    scores = tf.matmul(query, key, transpose_b=True) * tf.exp(log_fading)
+    if is_near is not None:
         # One scale for both, the larger of theirs.
-        scale = row_maximum(log_query + maximum[..., tf.newaxis, :])
-        exact = tf.where(near & visible, exact, FLOOR)
-        top = tf.maximum(scale, row_maximum(exact))
-        scores = tf.where(
-            near, tf.exp(exact - top), scores * tf.exp(scale - top)
-        )
+        top = tf.maximum(scale, scaling.row_maximum(exact))
+        scores *= tf.exp(scale - top)
+        scores = tf.where(is_near, tf.exp(exact - top), scores)
     scores = tf.where(visible, scores, 0.0)
     total = tf.reduce_sum(scores, axis=-1, keepdims=True)
-    if feature_map.positive:
-        sees = tf.reduce_any(visible, axis=-1, keepdims=True)
 
-        def exact_weights():
-            logits = _pairwise_logits(log_query, log_key) + log_fading
-            if near is not None:
-                logits = tf.where(near, exact, logits)
-            return _exact_weights(logits, visible, scores)
+    def pair_by_pair():
+        logits = _pairwise_logits(log_query, log_key) + log_fading
+        if is_near is not None:
+            logits = tf.where(is_near, exact, logits)
+        logits = tf.where(visible, logits, FLOOR)
+        weights = tf.exp(logits - scaling.row_maximum(logits))
+        weights = tf.where(visible, weights, 0.0)
+        total = tf.reduce_sum(weights, axis=-1, keepdims=True)
+        return tf.ensure_shape(scaling.safe_ratio(weights, total), scores.shape)
 
-        weights = tf.cond(
-            is_exact(total, sees),
-            lambda: safe_ratio(scores, total),
-            exact_weights,
-        )
-    else:
-        shares = tf.where(visible, tf.exp(log_fading), 0.0)
-        count = tf.reduce_sum(shares, -1, keepdims=True)
-        weights = scores / guarded(total, count)
-    output = tf.matmul(weights, value)
-    return tf.transpose(output, (0, 2, 1, 3)), weights
+    return tf.cond(
+        scaling.is_exact(total, tf.reduce_any(visible, -1, keepdims=True)),
+        lambda: scaling.safe_ratio(scores, total),
+        pair_by_pair,
+    )
 
 
-def _near(query, key, key_mask, window):
+def _signed_weights(query, key, visible, log_fading):
+    """Attention weights of signed features, `(batch, heads, t, s)`."""
+    shares = tf.where(visible, tf.exp(log_fading), 0.0)
+    scores = tf.matmul(query, key, transpose_b=True) * shares
+    total = tf.reduce_sum(scores, axis=-1, keepdims=True)
+    count = tf.reduce_sum(shares, axis=-1, keepdims=True)
+    return tf.math.divide_no_nan(scores, scaling.guarded(total, count))
+
+
+def _near(lengths, key_mask, window):
     """Which `(batch, 1, t, s)` are less than `window` visible keys apart."""
-    queries, keys = size_of(query, 2), size_of(key, 2)
+    queries, keys = lengths
     if key_mask is None:
         counts = tf.range(keys)[tf.newaxis]
     else:
@@ -154,44 +152,28 @@ def _log_fading(decay, query_length):
     return tf.cast(difference, tf.float32)
 
 
-def _exact_weights(logits, visible, scores):
-    """Attention weights of the shape of scores, from logits of any range."""
-    logits = tf.where(visible, logits, FLOOR)
-    logits -= row_maximum(logits)
-    weights = tf.where(visible, tf.exp(logits), 0.0)
-    weights = safe_ratio(weights, tf.reduce_sum(weights, -1, keepdims=True))
-    return tf.ensure_shape(weights, scores.shape)
-
-
-@written_gradient
 def _pairwise_logits(query, key):
-    """log Σ_f exp(query_tf + key_sf), one feature at a time."""
-    features = (
-        tf.transpose(query, (3, 0, 1, 2))[..., tf.newaxis],
-        tf.transpose(key, (3, 0, 1, 2))[..., tf.newaxis, :],
+    """log Σ_f exp(query_tf + key_sf), one query at a time."""
+
+    def one(tokens, _, __, memory, ___):
+        ((query,), (key,)) = tokens, memory
+        logits = query[:, :, :, tf.newaxis] + key[:, :, tf.newaxis]
+        return [tf.reduce_logsumexp(logits, axis=-1)], [], True
+
+    batch, length = size_of(query, 0), size_of(query, 2)
+    one_by_one = Blocks(batch, length, None, batch, 1, 1)
+    (logits,), _ = scan(
+        one, [swap_heads(query)], one_by_one, results=1, memory=[key]
     )
-    sizes = query.shape[-1], 1
-    zeros = tf.zeros_like(features[0][0] + features[1][0])
+    return swap_heads(logits)
 
-    def accumulate(index, _, carry):
-        pair = features[0][index] + features[1][index]
-        scale = tf.maximum(carry[0], pair)
-        total = carry[1] * tf.exp(carry[0] - scale) + tf.exp(pair - scale)
-        return (), (), (scale, total)
 
-    start = zeros + FLOOR, zeros
-    _, _, (scale, total) = walk(accumulate, sizes, start)
-    logits = scale + tf.math.log(total)
-
-    def gradient(upstream):
-        def one(index, *_):
-            pair = features[0][index] + features[1][index]
-            share = upstream * tf.exp(pair - logits)
-            sums = tf.reduce_sum(share, -1), tf.reduce_sum(share, -2)
-            return sums, (), ()
-
-        (of_query, of_key), _, _ = walk(one, sizes, (), results=2)
-        back = (1, 2, 3, 0)
-        return tf.transpose(of_query, back), tf.transpose(of_key, back)
-
-    return logits, gradient
+def _mask_to_batch(mask, batch, repeats):
+    """A dense mask of query heads, for heads that went to the batch."""
+    if mask is None:
+        return None
+    sizes = (size_of(mask, axis) for axis in (1, 2, 3))
+    mask = tf.broadcast_to(tf.cast(mask, "bool"), (batch, *sizes))
+    if mask.shape[1] == 1:
+        return tf.repeat(mask, repeats, axis=0)
+    return swap_heads(heads.to_batch(swap_heads(mask), repeats))

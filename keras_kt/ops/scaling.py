@@ -13,17 +13,31 @@ normalizer. Masked keys have a zero row there, which removes them from both.
 """
 
 import math
+from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_kt.ops.block_grid import size_of
+from keras_kt.written_gradients import written_gradient
 
 # Stands for log 0; finite, since ∞ − ∞ hides in fully padded prefixes.
 FLOOR = -1e30
 MOST_EXCESS = 60.0
-UNDERFLOW = math.exp(-MOST_EXCESS)
+_UNDERFLOW = math.exp(-MOST_EXCESS)
 # Signed normalizers are kept away from zero by this share of the key count.
-SIGNED_LIMIT = 1e-2
+_SIGNED_LIMIT = 1e-2
+
+
+class Sums(NamedTuple):
+    """What queries read from keys, before the division.
+
+    Attributes:
+        values: `(…, value_dim + 1)`, numerators, and the normalizer.
+        scale: `(…, 1)`: of positive features the logarithm of what `values`
+            were divided by, of signed ones the number of keys that are seen.
+    """
+
+    values: tf.Tensor
+    scale: tf.Tensor
 
 
 def query_features(feature_map, query):
@@ -54,13 +68,6 @@ def visible_decay(decay, key_mask):
     return tf.where(keep, decay, 0.0)
 
 
-def count_visible(key, key_mask):
-    """Visible keys, `(batch,)`."""
-    if key_mask is None:
-        return tf.fill((size_of(key, 0),), tf.cast(size_of(key, 1), tf.float32))
-    return tf.reduce_sum(tf.cast(key_mask, tf.float32), axis=1)
-
-
 def maximum_of(log_key, past=None):
     """Maximum of each log-feature over the keys and the past."""
     maximum = tf.reduce_max(log_key, axis=-2)
@@ -80,37 +87,60 @@ def exp_key(log_key, maximum):
 
 
 def exp_query(log_query, maximum):
-    """Features of queries, relative to each row's maximum."""
+    """Features of queries, relative to each row's maximum, and that."""
     log_query += maximum[..., tf.newaxis, :]
-    return tf.exp(log_query - row_maximum(log_query))
+    scale = row_maximum(log_query)
+    return tf.exp(log_query - scale), scale
 
 
-def divide(sums, count=None):
-    """Numerator over normalizer, and the normalizer.
+def read(feature_map, query, maximum, sums):
+    """`Sums` of queries, heads first, from a state."""
+    features = query_features(feature_map, query)
+    if feature_map.positive:
+        features, scale = exp_query(features, maximum)
+    else:
+        # The sum of the constant feature counts the keys.
+        scale = sums[..., -1:, -1:] / features[..., -1:]
+    return Sums(tf.matmul(features, sums, transpose_b=True), scale)
 
-    `count`, the number of visible keys, marks signed features.
+
+def divide(sums, is_signed):
+    """Numerators over normalizers, and the normalizers.
+
+    The gradient keeps these two, not the sums.
     """
-    numerator, normalizer = sums[..., :-1], sums[..., -1:]
-    return numerator * _inverse(normalizer, count), normalizer
+    width = sums.values.shape[-1] - 1
+
+    @written_gradient
+    def ratio(values, count):
+        normalizer = values[..., width:]
+        divisor = guarded(normalizer, count) if is_signed else normalizer
+        # Divisors are zero only where nothing is seen.
+        inverse = tf.math.divide_no_nan(1.0, divisor)
+        output = values[..., :width] * inverse
+
+        def gradient(of_output, of_normalizer):
+            of_divisor = -inverse * tf.reduce_sum(
+                of_output * output, axis=-1, keepdims=True
+            )
+            of_count = tf.zeros_like(count)
+            if is_signed:
+                moves = tf.equal(divisor, normalizer)
+                share = tf.math.divide_no_nan(divisor, count)
+                of_count = tf.where(moves, 0.0, of_divisor * share)
+                of_divisor = tf.where(moves, of_divisor, 0.0)
+            of_values = of_output * inverse, of_normalizer + of_divisor
+            return tf.concat(of_values, axis=-1), of_count
+
+        return (output, normalizer), gradient
+
+    return ratio(*sums)
 
 
-def divide_gradient(upstream, output, normalizer, count):
-    """Gradient to sums, from the saved results of `divide`."""
-    inverse = _inverse(normalizer, count)
-    of_normalizer = -inverse * tf.reduce_sum(
-        upstream * output, axis=-1, keepdims=True
-    )
-    if count is not None:
-        moves = tf.abs(normalizer) >= SIGNED_LIMIT * count
-        of_normalizer = tf.where(moves, of_normalizer, 0.0)
-    return tf.concat([upstream * inverse, of_normalizer], axis=-1)
-
-
-def _inverse(normalizer, count):
-    if count is not None:
-        return tf.where(count > 0.0, 1.0 / guarded(normalizer, count), 0.0)
-    visible = normalizer > 0.0
-    return tf.where(visible, 1.0 / tf.where(visible, normalizer, 1.0), 0.0)
+def guarded(normalizer, count):
+    """A signed normalizer kept away from zero; 0 where nothing is seen."""
+    magnitude = tf.maximum(tf.abs(normalizer), _SIGNED_LIMIT * count)
+    return tf.where(normalizer < 0.0, -magnitude, magnitude)
 
 
 def safe_ratio(numerator, normalizer):
@@ -120,16 +150,9 @@ def safe_ratio(numerator, normalizer):
     return tf.where(visible, ratio, 0.0)
 
 
-def guarded(normalizer, count):
-    """A signed normalizer kept away from zero; 1 where nothing is seen."""
-    limit = SIGNED_LIMIT * tf.where(count > 0.0, count, 1.0 / SIGNED_LIMIT)
-    magnitude = tf.maximum(tf.abs(normalizer), limit)
-    return tf.where(normalizer < 0.0, -magnitude, magnitude)
-
-
 def is_exact(sums, sees):
     """Whether no row that sees a key came near underflow."""
-    exact = tf.stop_gradient(sums[..., -1:]) > UNDERFLOW
+    exact = tf.stop_gradient(sums[..., -1:]) > _UNDERFLOW
     if sees is not None:
         exact |= tf.logical_not(sees)
     return tf.reduce_all(exact)
@@ -140,13 +163,3 @@ def absolute_log(normalizer, scale):
     visible = normalizer > 0.0
     logarithm = tf.math.log(tf.where(visible, normalizer, 1.0)) + scale
     return tf.where(visible, logarithm, FLOOR)
-
-
-def with_log_gradient(of_sums, of_log, normalizer):
-    """Gradient to sums and scale, the logarithm's part added."""
-    visible = normalizer > 0.0
-    of_log = tf.where(visible, of_log, 0.0)
-    of_normalizer = of_log / tf.where(visible, normalizer, 1.0)
-    return tf.concat(
-        [of_sums[..., :-1], of_sums[..., -1:] + of_normalizer, of_log], axis=-1
-    )

@@ -23,12 +23,10 @@ class AttentionState(NamedTuple):
             log-feature (unused for signed features).
         sums: `(batch, heads, value_dim + 1, feature_dim)`, Σ v φ(k)ᵀ relative
             to `maximum`, and Σ φ(k) in the last row.
-        count: `(batch,)`, keys seen so far.
     """
 
     maximum: tf.Tensor
     sums: tf.Tensor
-    count: tf.Tensor
 
 
 def initial_state(
@@ -47,7 +45,6 @@ def state_shapes(
     return AttentionState(
         (None, num_heads, feature_dim),
         (None, num_heads, value_dim + 1, feature_dim),
-        (None,),
     )
 
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_kt.ops import block_grid
+from keras_kt.ops import blocks
+from keras_kt.ops.heads import size_of
 
 
 class VisibleOrder(NamedTuple):
@@ -50,7 +51,7 @@ class VisibleOrder(NamedTuple):
 def visible_order(mask) -> VisibleOrder:
     """The order of a `(batch, length)` mask, O(length · log(length))."""
     mask = tf.cast(mask, "bool")
-    length = block_grid.size_of(mask, 1)
+    length = size_of(mask, 1)
     positions = tf.range(length)
     # Keys without ties, so that no sort need be stable.
     order = tf.argsort(tf.where(mask, positions, positions + length), axis=1)
@@ -60,9 +61,9 @@ def visible_order(mask) -> VisibleOrder:
 def running_count(mask):
     """Visible tokens up to each, itself included: `(batch, length)` int32."""
     # Two levels, since XLA sums a running sum anew at every position.
-    batch, length = (block_grid.size_of(mask, axis) for axis in (0, 1))
-    size = block_grid.CHUNK_SIZE
-    chunks = block_grid.shares(length, size)
+    batch, length = (size_of(mask, axis) for axis in (0, 1))
+    size = blocks.CHUNK_SIZE
+    chunks = blocks.shares(length, size)
     ones = tf.cast(mask, tf.int32)
     ones = tf.pad(ones, [(0, 0), (0, chunks * size - length)])
     ones = tf.reshape(ones, (batch, chunks, size))
@@ -73,6 +74,6 @@ def running_count(mask):
 
 def take(x, index):
     """Tokens of each sequence by their positions, the nearest if outside."""
-    last = block_grid.size_of(x, 1) - 1
+    last = size_of(x, 1) - 1
     index = tf.clip_by_value(index, 0, last)
     return tf.gather(x, index, axis=1, batch_dims=1)

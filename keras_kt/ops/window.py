@@ -11,24 +11,29 @@ import tensorflow as tf
 
 from keras_kt.numerics import precise_product
 from keras_kt.ops import linear, scaling, states, visible_tokens
-from keras_kt.ops.block_grid import shares, size_of, swap_heads
+from keras_kt.ops.blocks import shares
+from keras_kt.ops.heads import (
+    from_rows,
+    repeat_rows,
+    size_of,
+    swap_heads,
+    to_rows,
+)
 from keras_kt.ops.scaling import FLOOR
 from keras_kt.ops.states import AttentionState
 from keras_kt.written_gradients import pullback, written_gradient
 
 
 class NearFieldState(NamedTuple):
-    """`AttentionState` of attention whose near field is exact.
+    """State of a causal stream whose near field is exact.
 
     Attributes:
-        maximum, sums, count: of the tokens that have left the window.
+        far: the `AttentionState` of the tokens that have left the window.
         key, value, decay: `(batch, window, heads, dim)`, the last tokens.
         keep: `(batch, window)`, 1 where one of them is seen.
     """
 
-    maximum: tf.Tensor
-    sums: tf.Tensor
-    count: tf.Tensor
+    far: AttentionState
     key: tf.Tensor
     value: tf.Tensor
     decay: tf.Tensor
@@ -47,7 +52,7 @@ def initial_near_field_state(
     sizes = num_heads, feature_dim, value_dim
     shapes = near_field_state_shapes(*sizes, head_dim, window)
     far = states.initial_state(batch_size, *sizes)
-    return states.zeros(shapes, batch_size)._replace(**far._asdict())
+    return states.zeros(shapes, batch_size)._replace(far=far)
 
 
 def near_field_state_shapes(
@@ -55,13 +60,13 @@ def near_field_state_shapes(
 ) -> NearFieldState:
     """Shapes of the state's tensors, `None` for the batch."""
     return NearFieldState(
-        *states.state_shapes(num_heads, feature_dim, value_dim),
+        states.state_shapes(num_heads, feature_dim, value_dim),
         *((None, window, num_heads, dim) for dim in (head_dim, value_dim, 1)),
         (None, window),
     )
 
 
-def near_field(
+def attend(
     query,
     key,
     value,
@@ -71,7 +76,7 @@ def near_field(
     *,
     key_mask=None,
     decay=None,
-    use_causal_mask=False,
+    causal=False,
     state=None,
 ):
     """Exact weights of near keys, features beyond, one normalizer.
@@ -85,50 +90,48 @@ def near_field(
             after the query fades as in `quadratic`.
         kernel: an `ExactKernel`, for keys less than `window` tokens away.
         window: number of tokens, the query's own included.
-        use_causal_mask: whether query t sees keys 0 … t only.
+        causal: whether query t sees keys 0 … t only.
         state: `NearFieldState` of a causal stream to resume.
 
     Returns:
         Outputs as in `causal`, and the `NearFieldState` after the last token;
         `None` where attention is not causal.
     """
+    fades = decay is not None
     tokens = _stream(key, value, decay, key_mask)
     past, far_state = _before(tokens, window), None
     if state is not None:
-        past = state.key, state.value, state.decay, state.keep
-        far_state = AttentionState(state.maximum, state.sums, state.count)
+        far_state, *past = state
     decay, order = tokens[2], None
     if key_mask is not None:
         order = visible_tokens.visible_order(key_mask)
         tokens = [order.move_together(x) for x in tokens]
     line = _join(past, tokens)
-    if not use_causal_mask:
+    if not causal:
         line = _join(line, _before(tokens, window + 1))
-    sides = 1 if use_causal_mask else 2
-    near = _band(query, line, decay, order, kernel, window, sides)
-    far, far_state = _past(query, line, order, feature_map, window, far_state)
-    if use_causal_mask:
+    near = _band(query, line, decay, order, kernel, window, not causal)
+    walk = _Walk(query, order, feature_map, fades)
+    far, far_state = walk.past(line, window, far_state)
+    if causal:
         last = _last(line, order, window)
-        return _merge(near, far), NearFieldState(*far_state, *last)
-    future = _future(query, line, order, feature_map, window, window)
-    return _merge(near, far, future), None
+        return _merge(near, far), NearFieldState(far_state, *last)
+    return _merge(near, far, walk.future(line, window, window)), None
 
 
 def fading(query, key, value, feature_map, decay, *, key_mask=None):
     """`bidirectional` with a decay, for positive features.
 
     Args:
-        query, key, value, feature_map, key_mask: as in `causal`.
-        decay: as in `quadratic`.
+        query, key, value, feature_map, key_mask, decay: as in `ops.attend`.
 
     Returns:
-        Outputs as in `bidirectional`.
+        Outputs as in `ops.attend`.
     """
     # Without a window places do not matter: masked tokens do not fade.
     tokens = _stream(key, value, decay, key_mask)
-    past, _ = _past(query, tokens, None, feature_map, 0, None)
-    line = _join(tokens, _before(tokens, 2))
-    return _merge(past, _future(query, line, None, feature_map, 0, 1))
+    walk = _Walk(query, None, feature_map, True)
+    past, _ = walk.past(tokens, 0, None)
+    return _merge(past, walk.future(_join(tokens, _before(tokens, 2)), 0, 1))
 
 
 # A line is key, value, decay and keep of tokens in a row, masked ones last, or
@@ -171,85 +174,114 @@ def _last(line, order, window):
     return [order.last(x, window) for x in line]
 
 
-def _past(query, line, order, feature_map, distance, state):
-    """Attention to keys at least `distance` tokens before the query.
+class _Walk(NamedTuple):
+    """Attention by features to what lies far from each query.
 
-    Args:
-        line: preceded by `distance` earlier tokens.
-
-    Returns:
-        Outputs with the logarithms of their normalizers, and the state.
+    Attributes:
+        query, feature_map: as in `attend`.
+        order: a `VisibleOrder`, or `None`.
+        fades: whether there is a decay.
     """
-    length = size_of(query, 1)
-    entering = [_slots(x, order, -1, length) for x in line]
-    if order is not None:
-        # With a token one leaves the window; nothing moves without.
-        entering = _stream(*entering[:3], order.mask & (entering[3] > 0.0))
-    (output, log_normalizer), state = _walk(query, entering, feature_map, state)
-    if distance:
-        # Keys have faded to where they left the window; this is the rest.
-        sums = _moving_sum(line[2], distance)
-        log_normalizer -= _slots(sums, order, 0, length)
-    return (output, log_normalizer), state
+
+    query: tf.Tensor
+    order: visible_tokens.VisibleOrder | None
+    feature_map: NamedTuple
+    fades: bool
+
+    def past(self, line, distance, state):
+        """Attention to keys at least `distance` tokens before the query.
+
+        Args:
+            line: preceded by `distance` earlier tokens.
+            distance: number of tokens.
+            state: `AttentionState` of what came before, or `None`.
+
+        Returns:
+            Outputs with the logarithms of their normalizers, and the state.
+        """
+        length = size_of(self.query, 1)
+        entering = [_slots(x, self.order, -1, length) for x in line]
+        if self.order is not None:
+            # With a token one leaves the window; nothing moves without.
+            enters = self.order.mask & (entering[3] > 0.0)
+            entering = _stream(*entering[:3], enters)
+        (output, logarithm), state = self._causal(self.query, entering, state)
+        if distance and self.fades:
+            # Keys have faded to where they left the window; this is the rest.
+            sums = _moving_sum(line[2], distance)
+            logarithm -= self._rows(_slots(sums, self.order, 0, length))
+        return (output, logarithm), state
+
+    def future(self, line, first, distance):
+        """Attention to keys at least `distance` tokens after the query.
+
+        Args:
+            line: `first` earlier tokens, then the new ones, then `distance` + 1
+                that are not there.
+            first, distance: numbers of tokens.
+
+        Returns:
+            As `past`, without the state.
+        """
+        order, length = self.order, size_of(self.query, 1)
+        # In reverse order a token is reached by the decay of the one after it.
+        key, value, decay, keep = line
+        shifted = key, value, decay[:, 1:], keep
+        offset = first + distance - 1
+        entering = [_slots(x, order, offset, length) for x in shifted]
+        if order is not None:
+            enters = tf.pad(order.mask[:, 1:], [(0, 0), (0, 1)])
+            entering = _stream(*entering[:3], enters & (entering[3] > 0.0))
+        entering = [x[:, ::-1] for x in entering]
+        part, _ = self._causal(self.query[:, ::-1], entering, None)
+        output, logarithm = (x[:, ::-1] for x in part)
+        if self.fades:
+            sums = _moving_sum(decay, distance)
+            logarithm -= self._rows(_slots(sums, order, first, length))
+        return output, logarithm
+
+    def _causal(self, query, entering, state):
+        """Attention to what has come in up to each query, and the state."""
+        key, value, decay, keep = entering
+        sums, state = linear.causal(
+            query,
+            key,
+            value,
+            self.feature_map,
+            key_mask=keep > 0.0,
+            decay=decay if self.fades else None,
+            state=state,
+        )
+        output, normalizer = scaling.divide(sums, is_signed=False)
+        return (output, scaling.absolute_log(normalizer, sums.scale)), state
+
+    def _rows(self, decay):
+        """The decay of each key-value head for all its query heads."""
+        repeats = self.query.shape[2] // decay.shape[2]
+        return repeat_rows(decay, repeats, axis=2)
 
 
-def _future(query, line, order, feature_map, first, distance):
-    """Attention to keys at least `distance` tokens after the query.
-
-    Args:
-        line: `first` earlier tokens, then the new ones, then `distance` + 1
-            that are not there.
-
-    Returns:
-        As in `_past`, without the state.
-    """
-    length = size_of(query, 1)
-    sums = _moving_sum(line[2], distance)
-    # In reverse order a token is reached by the decay of the one after it.
-    key, value, decay, keep = line
-    line = key, value, decay[:, 1:], keep
-    entering = [_slots(x, order, first + distance - 1, length) for x in line]
-    if order is not None:
-        enters = tf.pad(order.mask[:, 1:], [(0, 0), (0, 1)])
-        entering = _stream(*entering[:3], enters & (entering[3] > 0.0))
-    entering = [x[:, ::-1] for x in entering]
-    part, _ = _walk(query[:, ::-1], entering, feature_map, None)
-    output, log_normalizer = (x[:, ::-1] for x in part)
-    return output, log_normalizer - _slots(sums, order, first, length)
-
-
-def _walk(query, entering, feature_map, state):
-    """Attention to what has come in up to each query, and the state."""
-    *tokens, keep = entering
-    output, log_normalizer, state = linear.causal_walk(
-        linear.fading_block,
-        [query, *tokens],
-        feature_map,
-        keep > 0.0,
-        state,
-    )
-    return (output, log_normalizer), state
-
-
-def _band(query, line, decay, order, kernel, window, sides):
+def _band(query, line, decay, order, kernel, window, both_sides):
     """Attention by the exact kernel to keys less than `window` tokens away.
 
     Args:
         line: preceded by `window` earlier tokens.
         decay: of each query's token, 0 if masked.
-        sides: 1 for keys up to the query, 2 for those after it, too.
+        both_sides: whether keys after the query are seen, too.
 
     Returns:
         Outputs with the logarithms of their normalizers.
     """
     batch, length = size_of(query, 0), size_of(query, 1)
+    sides, repeats = 1 + both_sides, query.shape[2] // line[0].shape[2]
     chunks = shares(length, window)
     missing = chunks * window - length
 
-    def split(x, after=missing):
-        x = tf.pad(x, [(0, 0), (0, after)] + [(0, 0)] * (x.shape.rank - 2))
-        count = size_of(x, 1) // window
-        return tf.reshape(x, (batch, count, window, *x.shape[2:]))
+    def split(x, rows=1):
+        after = [(0, 0), (0, missing * rows)]
+        x = tf.pad(x, after + [(0, 0)] * (x.shape.rank - 2))
+        count = size_of(x, 1) // (window * rows)
+        return tf.reshape(x, (batch, count, window * rows, *x.shape[2:]))
 
     if order is None:
         reach = tf.range(1, window + 1)[tf.newaxis, tf.newaxis]
@@ -278,8 +310,8 @@ def _band(query, line, decay, order, kernel, window, sides):
 
     key, value, of_keys, keep = line
     key = around(tf.transpose(kernel.keys(swap_heads(key)), (0, 2, 1, 3, 4)))
-    query = kernel.queries(swap_heads(query))
-    query = split(tf.transpose(query, (0, 2, 1, 3, 4)))
+    query = kernel.queries(swap_heads(to_rows(query, repeats)))
+    query = split(tf.transpose(query, (0, 2, 1, 3, 4)), repeats)
     parts = _recomputed(
         lambda *x: _near_weights(*x, sides),
         query,
@@ -290,21 +322,22 @@ def _band(query, line, decay, order, kernel, window, sides):
         around(keep),
         tf.cast(reach, tf.float32),
     )
-    parts = (
-        tf.reshape(x, (batch, chunks * window, *x.shape[3:])) for x in parts
-    )
-    return [x[:, :length] for x in parts]
+    rows = chunks * window * repeats
+    parts = (tf.reshape(x, (batch, rows, *x.shape[3:])) for x in parts)
+    return [from_rows(x, repeats)[:, :length] for x in parts]
 
 
 def _near_weights(query, key, value, decay, of_keys, keep, reach, sides):
     """`_band` within chunks `(batch, chunk, token, heads, …)`.
 
     Args:
+        query: with as many rows for each token as share a key.
         decay: of the queries' tokens.
         of_keys: decay of the keys, `window` of which are before the chunk.
         reach: `(batch, chunk, token)`, keys of the chunk up to each query.
     """
-    window = query.shape[2]
+    window = decay.shape[2]
+    repeats = query.shape[2] // window
     if query.shape[4] > 1:
         logits = precise_product(
             tf.einsum("bnthcd->bnhctd", query),
@@ -317,12 +350,13 @@ def _near_weights(query, key, value, decay, of_keys, keep, reach, sides):
             tf.einsum("bnthd->bnhtd", query[:, :, :, :, 0]),
             tf.einsum("bnshd->bnhds", key[:, :, :, :, 0]),
         )
+    reach = repeat_rows(reach, repeats, axis=2)
     reach = reach[:, :, tf.newaxis, :, tf.newaxis]
     # Keys' slots, counted from the query's own.
     distance = reach - 1.0 - tf.range(-window, sides * window, dtype=tf.float32)
     is_past = distance >= 0.0
     # Both since the chunk's start, so that no sum grows with the length.
-    elapsed = tf.cumsum(decay, axis=2)
+    elapsed = repeat_rows(tf.cumsum(decay, axis=2), repeats, axis=2)
     early, late = of_keys[:, :, :window], of_keys[:, :, window:]
     early = -tf.cumsum(early, axis=2, exclusive=True, reverse=True)
     of_keys = tf.concat([early, tf.cumsum(late, axis=2)], axis=2)

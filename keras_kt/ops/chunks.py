@@ -1,0 +1,124 @@
+"""A block of causal tokens at once: chunks attend within and to their past.
+
+Log-features are exponentiated on one scale for the whole block. Exponents of
+the decay are differences of elapsed decay, at most zero and taken within a
+chunk or a block, so that no running sum grows with the length.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+from keras_kt.ops import blocks, scaling
+from keras_kt.ops.heads import repeat_rows, size_of
+
+
+def attend(
+    feature_map, query, key, value, decay=None, *, keep, state, repeats=1
+):
+    """What the queries of a block read, and the state after it.
+
+    Args:
+        feature_map: a bound feature map.
+        query: `(batch, heads, tokens · repeats, head_dim)`.
+        key, value, decay: `(batch, heads, tokens, dim)`.
+        keep: `(batch, 1, tokens, 1)`, which tokens are seen; or `None`.
+        state: maximum and sums of the `AttentionState` before.
+        repeats: rows of the query for each token.
+
+    Returns:
+        `Sums` of the rows, the state after, and whether nothing was lost to
+        underflow.
+    """
+    maximum, past = state
+    query = scaling.query_features(feature_map, query)
+    key = log_key = scaling.key_features(feature_map, key, keep)
+    value = scaling.with_ones(value, keep)
+    if feature_map.positive:
+        top = scaling.maximum_of(log_key, maximum)
+        query, scale = scaling.exp_query(query, top)
+        key = scaling.exp_key(log_key, top)
+        past *= tf.exp(maximum - top)[..., tf.newaxis, :]
+    batch, length = size_of(key, 0), size_of(key, 2)
+    chunk = blocks.chunk_of(length, blocks.CHUNK_SIZE)
+
+    def split(x, size=chunk):
+        return tf.reshape(x, (batch, x.shape[1], -1, size, x.shape[3]))
+
+    def join(x, rows=repeats):
+        # Not to a `tf.shape`, from which tf2onnx learns no rank.
+        return tf.reshape(x, (batch, x.shape[1], length * rows, x.shape[4]))
+
+    query, key, value = split(query, chunk * repeats), split(key), split(value)
+    # What is left of token s at token t.
+    fading, new, ends = np.tril(np.ones((chunk, chunk), "float32")), value, None
+    if decay is not None:
+        elapsed = tf.cumsum(split(decay), axis=3)
+        rest = elapsed[..., -1:, :] - elapsed
+        ends = tf.cumsum(elapsed[..., -1, :], axis=2)
+        fading, new = _fading(elapsed), value * tf.exp(-rest)
+        kept = repeat_rows(tf.exp(-elapsed), repeats, axis=3)
+    fading = repeat_rows(fading, repeats, axis=-2)
+    sums = tf.matmul(new, key, transpose_a=True)
+    before, after = _states(past, sums, ends)
+    values = tf.matmul(query, before, transpose_b=True)
+    if decay is not None:
+        values *= kept
+    scores = tf.matmul(query, key, transpose_b=True) * fading
+    values = join(values + tf.matmul(scores, value))
+    if not feature_map.positive:
+        # The sum of the constant feature counts the keys.
+        count = before[..., -1:, -1:]
+        if decay is not None:
+            count *= kept
+        count += tf.matmul(fading, key[..., -1:])
+        sums = scaling.Sums(values, join(count / query[..., -1:]))
+        return sums, (maximum, after), True
+    exact = scaling.is_exact(values, _sees(keep, maximum, repeats))
+    if decay is not None:
+        # The state's scale fades with it, lest an old key hide later ones.
+        rest = join(rest + (ends[:, :, -1:] - ends)[..., tf.newaxis, :], 1)
+        faded = scaling.maximum_of(log_key - rest, maximum - ends[:, :, -1])
+        # Where keys below the block's scale were lost, nothing is exact.
+        excess = top - faded
+        exact &= tf.reduce_all(excess < scaling.MOST_EXCESS)
+        excess = tf.minimum(excess, scaling.MOST_EXCESS)
+        after *= tf.exp(excess)[..., tf.newaxis, :]
+        top = faded
+    return scaling.Sums(values, scale), (top, after), exact
+
+
+def _states(past, sums, ends):
+    """The states before each chunk, and the one after the last.
+
+    Args:
+        past: `(batch, heads, value_dim + 1, feature_dim)`.
+        sums: `(batch, heads, chunks, …)`, what each chunk adds at its end.
+        ends: `(batch, heads, chunks, 1)`, the decay up to each end; or `None`.
+    """
+    if ends is None:
+        before = tf.cumsum(sums, axis=2, exclusive=True)
+        return before + past[:, :, tf.newaxis], past + tf.reduce_sum(sums, 2)
+    fading = _fading(tf.pad(ends, [(0, 0), (0, 0), (1, 0), (0, 0)]))
+    states = tf.concat([past[:, :, tf.newaxis], sums], axis=2)
+    batch, heads, width, dim = (size_of(past, axis) for axis in range(4))
+    states = tf.reshape(states, (batch, heads, -1, width * dim))
+    states = tf.reshape(fading @ states, (batch, heads, -1, width, dim))
+    return states[:, :, :-1], states[:, :, -1]
+
+
+def _fading(elapsed):
+    """What the decay leaves of each token s for t ≥ s: `(…, t, s)`."""
+    decay = elapsed - tf.linalg.matrix_transpose(elapsed)
+    length = size_of(elapsed, -2)
+    visible = tf.linalg.band_part(tf.ones((length, length), "bool"), -1, 0)
+    return tf.where(visible, tf.exp(-tf.where(visible, decay, 0.0)), 0.0)
+
+
+def _sees(keep, maximum, repeats):
+    """Which rows see a key, themselves or in the past; `None` for all."""
+    if keep is None:
+        return None
+    past = tf.reduce_max(maximum, axis=-1) > 0.5 * scaling.FLOOR
+    seen = tf.cumsum(tf.cast(keep, tf.float32), axis=2) > 0.0
+    seen |= past[..., tf.newaxis, tf.newaxis]
+    return repeat_rows(seen, repeats, axis=2)
