@@ -1,8 +1,7 @@
 """A block of causal tokens at once: chunks attend within and to their past.
 
-Log-features are exponentiated on one scale for the whole block. Exponents of
-the decay are differences of elapsed decay, at most zero and taken within a
-chunk or a block, so that no running sum grows with the length.
+Exponents of the decay are differences of elapsed decay, at most zero and taken
+within a chunk or a block, so that no running sum grows with the length.
 """
 
 import numpy as np
@@ -11,11 +10,16 @@ import tensorflow as tf
 from keras_kt.ops import blocks, scaling
 from keras_kt.ops.heads import repeat_rows, size_of
 
+# Where features are of any range, so many tokens attend pair by pair.
+_EXACT_SIZE = 16
+
 
 def attend(
     feature_map, query, key, value, decay=None, *, keep, state, repeats=1
 ):
     """What the queries of a block read, and the state after it.
+
+    Log-features are exponentiated on one scale for the whole block.
 
     Args:
         feature_map: a bound feature map.
@@ -85,6 +89,87 @@ def attend(
         after *= tf.exp(excess)[..., tf.newaxis, :]
         top = faded
     return scaling.Sums(values, scale), (top, after), exact
+
+
+def attend_exactly(
+    feature_map, query, key, value, decay=None, *, keep, state, repeats=1
+):
+    """`attend` for log-features of any range.
+
+    Chunks are small, each has a scale of its own, and logits within are formed
+    pair by pair. Each row is scaled by the largest exponent that it sees, so
+    that its normalizer is at least one.
+    """
+    maximum, past = state
+    query = scaling.query_features(feature_map, query)
+    key = scaling.key_features(feature_map, key, keep)
+    value = scaling.with_ones(value, keep)
+    batch, length = size_of(key, 0), size_of(key, 2)
+    chunk = blocks.chunk_of(length, _EXACT_SIZE)
+
+    def split(x, size=chunk):
+        return tf.reshape(x, (batch, x.shape[1], -1, size, x.shape[3]))
+
+    query, key, value = split(query, chunk * repeats), split(key), split(value)
+    log_last, ends = key, None
+    if decay is not None:
+        elapsed = tf.cumsum(split(decay), axis=3)
+        query -= repeat_rows(elapsed, repeats, axis=3)
+        key += elapsed
+        log_last = key - elapsed[..., -1:, :]
+        ends = tf.cumsum(elapsed[..., -1, :], axis=2)
+    # The past and the chunks, each on its own scale, as they are at their ends.
+    top = scaling.maximum_of(log_last)
+    sums = tf.matmul(
+        value, tf.exp(log_last - top[..., tf.newaxis, :]), transpose_a=True
+    )
+    top, sums = _states_exactly(
+        tf.concat([maximum[:, :, tf.newaxis], top], axis=2),
+        tf.concat([past[:, :, tf.newaxis], sums], axis=2),
+        ends,
+    )
+    earlier = query + top[:, :, :-1, tf.newaxis]
+    pairs = query[..., tf.newaxis, :] + key[..., tf.newaxis, :, :]
+    visible = np.repeat(np.tril(np.ones((chunk, chunk), "bool")), repeats, 0)
+    pairs = tf.where(visible[..., np.newaxis], pairs, scaling.FLOOR)
+    scale = scaling.row_maximum(tf.reduce_max(pairs, axis=-1))
+    scale = tf.maximum(scale, scaling.row_maximum(earlier))
+    weights = tf.reduce_sum(tf.exp(pairs - scale[..., tf.newaxis]), axis=-1)
+    values = tf.matmul(tf.where(visible, weights, 0.0), value)
+    values += tf.matmul(
+        tf.exp(earlier - scale), sums[:, :, :-1], transpose_b=True
+    )
+    rows = [
+        tf.reshape(x, (batch, x.shape[1], length * repeats, x.shape[4]))
+        for x in (values, scale)
+    ]
+    return scaling.Sums(*rows), (top[:, :, -1], sums[:, :, -1]), True
+
+
+def _states_exactly(tops, sums, ends):
+    """Scales and sums of the states, from those of the parts.
+
+    Args:
+        tops: `(batch, heads, 1 + chunks, feature_dim)`, of the past and of what
+            each chunk adds at its end.
+        sums: `(batch, heads, 1 + chunks, value_dim + 1, feature_dim)`.
+        ends: as in `_states`.
+
+    Returns:
+        Those of the states at the start and after each chunk.
+    """
+    count = size_of(tops, 2)
+    seen = tf.linalg.band_part(tf.ones((count, count), "bool"), -1, 0)
+    seen = seen[..., tf.newaxis]
+    parts = tops[:, :, tf.newaxis]
+    if ends is not None:
+        ends = tf.pad(ends, [(0, 0), (0, 0), (1, 0), (0, 0)])
+        parts += ends[:, :, tf.newaxis] - ends[:, :, :, tf.newaxis]
+    parts = tf.where(seen, parts, scaling.FLOOR)
+    tops = tf.stop_gradient(tf.reduce_max(parts, axis=3))
+    weights = tf.exp(parts - tops[:, :, :, tf.newaxis])
+    weights = tf.where(seen, weights, 0.0)
+    return tops, tf.einsum("bhmnf,bhnef->bhmef", weights, sums)
 
 
 def _states(past, sums, ends):

@@ -9,13 +9,10 @@ scan whose blocks absorb keys into a state and read it by queries.
 import tensorflow as tf
 
 from keras_kt.ops import chunks, heads, scaling
-from keras_kt.ops.blocks import Blocks, of_queries_and_keys
+from keras_kt.ops.blocks import of_queries_and_keys
 from keras_kt.ops.heads import size_of, swap_heads
 from keras_kt.ops.scan import scan
 from keras_kt.ops.states import AttentionState, initial_state
-
-# Where tokens go one by one, the scan keeps a state for so many.
-_FEW = 16
 
 
 def bidirectional(query, key, value, feature_map, *, key_mask=None):
@@ -63,7 +60,7 @@ def causal(
     """Query t sees keys 0 … t, and those that `state` has seen.
 
     Exact at any range of the features: where a block loses a row to underflow,
-    its tokens go one by one.
+    it is formed again in a slower way.
 
     Args:
         query, key, value, feature_map, key_mask, decay: as in `ops.attend`.
@@ -78,25 +75,24 @@ def causal(
         state = _nothing(key, value, feature_map)
     _, blocks = of_queries_and_keys(query, key, key_mask, causal=True)
 
-    def together(tokens, keep, state, _, feature_map):
-        return _with_rows(
-            chunks.attend, repeats, feature_map, tokens, keep, state
-        )
+    def with_rows(attend):
+        def block(tokens, keep, state, _, feature_map):
+            return _with_rows(
+                attend, repeats, feature_map, tokens, keep=keep, state=state
+            )
 
-    def one(tokens, keep, state, _, feature_map):
-        return _with_rows(_one, repeats, feature_map, tokens, keep, state)
+        return block
 
-    one_by_one = None
-    if feature_map.positive:
-        one_by_one = _in_smaller_blocks(_in_smaller_blocks(one, 1), _FEW)
     sums, state = scan(
-        together,
+        with_rows(chunks.attend),
         _tokens(query, key, value, key_mask, decay),
         blocks,
         results=2,
         carry=_constant_scale(*state),
         constants=feature_map,
-        otherwise=one_by_one,
+        otherwise=with_rows(chunks.attend_exactly)
+        if feature_map.positive
+        else None,
     )
     sums = (heads.unshare(x, repeats) for x in sums)
     return scaling.Sums(*sums), _constant_scale(*state)
@@ -123,34 +119,12 @@ def _tokens(query, key, value, key_mask, decay):
     return tokens
 
 
-def _with_rows(attend, repeats, feature_map, tokens, keep, state):
+def _with_rows(attend, repeats, feature_map, tokens, **rest):
     """A block of tokens, whose query may have rows."""
-    query, *rest = tokens
-    query = heads.split_rows(query, repeats)
-    sums, state, exact = attend(
-        feature_map, query, *rest, keep=keep, state=state, repeats=repeats
-    )
+    query, *tokens = tokens
+    tokens = heads.split_rows(query, repeats), *tokens
+    sums, state, exact = attend(feature_map, *tokens, repeats=repeats, **rest)
     return [heads.join_rows(x, repeats) for x in sums], [*state], exact
-
-
-def _in_smaller_blocks(body, size):
-    """A block's function that walks `body` over blocks within."""
-
-    def walk(tokens, keep, state, _, feature_map):
-        tokens = [swap_heads(x) for x in tokens]
-        mask = None if keep is None else keep[:, 0, :, 0]
-        batch, length = (size_of(tokens[0], axis) for axis in (0, 1))
-        sums, state = scan(
-            body,
-            tokens,
-            Blocks(batch, length, mask, batch, size, 1),
-            results=2,
-            carry=state,
-            constants=feature_map,
-        )
-        return [swap_heads(x) for x in sums], state, True
-
-    return walk
 
 
 def _one(feature_map, query, key, value, decay=None, *, keep, state, repeats=1):
