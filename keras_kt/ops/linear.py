@@ -106,7 +106,9 @@ def step(query, key, value, feature_map, *, key_mask=None, decay=None, state):
     if key_mask is not None:
         keep = tf.cast(key_mask, "bool")[:, tf.newaxis, :, tf.newaxis]
     tokens = [swap_heads(x) for x in tokens]
-    sums, state, _ = _with_rows(_one, repeats, feature_map, tokens, keep, state)
+    sums, state, _ = _with_rows(
+        _one, repeats, feature_map, tokens, keep=keep, state=state
+    )
     sums = (heads.unshare(swap_heads(x), repeats) for x in sums)
     return scaling.Sums(*sums), AttentionState(*state)
 

@@ -74,7 +74,9 @@ def _visible(lengths, causal, keep, attention_mask):
         visible = tf.linalg.band_part(visible, -1, 0)
     if attention_mask is not None:
         visible &= tf.cast(attention_mask, "bool")
-    return visible if keep is None else visible & tf.einsum("bhsd->bhds", keep)
+    if keep is not None:
+        visible &= tf.linalg.matrix_transpose(keep)
+    return visible
 
 
 def _weights(log_query, log_key, visible, log_fading, is_near, exact):
