@@ -47,7 +47,7 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
         give,
         [heads.share(query, repeats)],
         queries,
-        results=2,
+        results=_results(feature_map),
         memory=state,
         constants=feature_map,
     )
@@ -55,7 +55,15 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
 
 
 def causal(
-    query, key, value, feature_map, *, key_mask=None, decay=None, state=None
+    query,
+    key,
+    value,
+    feature_map,
+    *,
+    key_mask=None,
+    decay=None,
+    state=None,
+    with_scale=False,
 ):
     """Query t sees keys 0 … t, and those that `state` has seen.
 
@@ -65,6 +73,7 @@ def causal(
     Args:
         query, key, value, feature_map, key_mask, decay: as in `ops.attend`.
         state: `AttentionState` to resume from; `None` starts anew.
+        with_scale: whether to return the scale of positive features, too.
 
     Returns:
         `Sums` as in `bidirectional`, and the `AttentionState` after the last
@@ -87,7 +96,7 @@ def causal(
         with_rows(chunks.attend),
         _tokens(query, key, value, key_mask, decay),
         blocks,
-        results=2,
+        results=2 if with_scale else _results(feature_map),
         carry=_constant_scale(*state),
         constants=feature_map,
         otherwise=with_rows(chunks.attend_exactly)
@@ -150,6 +159,11 @@ def _absorb(feature_map, key, value, keep, state):
         features, maximum = scaling.exp_key(features, after), after
     value = scaling.with_ones(value, keep)
     return [maximum, sums + tf.matmul(value, features, transpose_a=True)]
+
+
+def _results(feature_map):
+    """Without the scale, which only signed features need to divide."""
+    return 1 if feature_map.positive else 2
 
 
 def _nothing(key, value, feature_map):

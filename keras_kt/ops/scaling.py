@@ -33,11 +33,12 @@ class Sums(NamedTuple):
     Attributes:
         values: `(…, value_dim + 1)`, numerators, and the normalizer.
         scale: `(…, 1)`: of positive features the logarithm of what `values`
-            were divided by, of signed ones the number of keys that are seen.
+            were divided by, or `None`; of signed ones the number of keys that
+            are seen.
     """
 
     values: tf.Tensor
-    scale: tf.Tensor
+    scale: tf.Tensor | None = None
 
 
 def query_features(feature_map, query):
@@ -112,9 +113,9 @@ def divide(sums, is_signed):
     width = sums.values.shape[-1] - 1
 
     @written_gradient
-    def ratio(values, count):
+    def ratio(values, *count):
         normalizer = values[..., width:]
-        divisor = guarded(normalizer, count) if is_signed else normalizer
+        divisor = guarded(normalizer, *count) if is_signed else normalizer
         # Divisors are zero only where nothing is seen.
         inverse = tf.math.divide_no_nan(1.0, divisor)
         output = values[..., :width] * inverse
@@ -123,18 +124,18 @@ def divide(sums, is_signed):
             of_divisor = -inverse * tf.reduce_sum(
                 of_output * output, axis=-1, keepdims=True
             )
-            of_count = tf.zeros_like(count)
+            of_count = []
             if is_signed:
                 moves = tf.equal(divisor, normalizer)
-                share = tf.math.divide_no_nan(divisor, count)
-                of_count = tf.where(moves, 0.0, of_divisor * share)
+                share = tf.math.divide_no_nan(divisor, *count)
+                of_count = [tf.where(moves, 0.0, of_divisor * share)]
                 of_divisor = tf.where(moves, of_divisor, 0.0)
             of_values = of_output * inverse, of_normalizer + of_divisor
-            return tf.concat(of_values, axis=-1), of_count
+            return tf.concat(of_values, axis=-1), *of_count
 
         return (output, normalizer), gradient
 
-    return ratio(*sums)
+    return ratio(*sums[: 1 + is_signed])
 
 
 def guarded(normalizer, count):

@@ -30,7 +30,7 @@ def scan(
             boolean, of Python or a scalar tensor.
         inputs: tensors `(batch, length, heads, dim)`.
         blocks: their `Blocks`.
-        results: number of results.
+        results: number of results that are wanted, the first of the body's.
         carry: tensors `(batch, …)` that go into the first block.
         memory: tensors `(batch, …)` that each block sees as they are.
         constants: a nest, such as a bound feature map, whose tensors all
@@ -55,7 +55,8 @@ def scan(
         rest = iter(shared)
         packed = [next(rest) if tf.is_tensor(x) else x for x in leaves]
         packed = tf.nest.pack_sequence_as(constants, packed)
-        return function(tokens, keep, carry, memory, packed)
+        outputs, after, exact = function(tokens, keep, carry, memory, packed)
+        return outputs[:results], after, exact
 
     @written_gradient
     def walk_blocks(*tensors):
@@ -79,7 +80,7 @@ def scan(
             tensors = block_at(group, block, carry)
             outputs, after, exact = run(body, keep, tensors)
             if otherwise is None:
-                return [*outputs, *carry], after, after
+                return [*outputs, *carry], after
 
             def again():
                 outputs, after, _ = run(otherwise, keep, tensors)
@@ -94,7 +95,7 @@ def scan(
             )
             after = _restart(exact, after, slow[results:])
             exact = tf.cast(exact, tf.float32)
-            return [*slow[:results], *carry, exact], after, after
+            return [*slow[:results], *carry, exact], after
 
         stacked, after, _ = _walk(
             forward,
@@ -144,8 +145,7 @@ def scan(
                 of_inputs, of_carry, of_memory, of_shared = parts(gradients)
                 of_memory = _add(of_sequences[len(start) :], of_memory)
                 of_shared = _add(sums[len(of_group) :], of_shared)
-                of_sequences = [*of_carry, *of_memory]
-                return of_inputs, of_sequences, [*of_sequences, *of_shared]
+                return of_inputs, [*of_carry, *of_memory, *of_shared]
 
             zeros = [*(x[0] for x in of_group), *shared]
             of_inputs, of_group, sums = _walk(
@@ -172,11 +172,12 @@ def _walk(body, blocks, carry, results, kept, reverse=False):
     """Walks all blocks of all groups.
 
     Args:
-        body: `(group, block, carry) -> (results, kept, carry)`.
+        body: `(group, block, carry) -> (results, carry)`.
         blocks: the `Blocks`.
-        carry: tensors of the first call.
+        carry: list of tensors of the first call.
         results: number of float32 tensors that each block gives.
-        kept: number of float32 tensors of which a group keeps the last.
+        kept: number of tensors, the first of the carry, of which each group
+            keeps the last.
 
     Returns:
         The results stacked over blocks, the kept stacked over groups, and the
@@ -185,27 +186,26 @@ def _walk(body, blocks, carry, results, kept, reverse=False):
     groups, count = blocks.groups, blocks.count
     total = groups * count
     if isinstance(total, int) and total == 1:
-        outputs, ends, carry = body(0, 0, carry)
-        return (
-            [x[tf.newaxis] for x in outputs],
-            [x[tf.newaxis] for x in ends],
-            carry,
-        )
+        outputs, carry = body(0, 0, carry)
+        return _stacked(outputs), _stacked(carry[:kept]), carry
+    one_block, one_group = (
+        isinstance(size, int) and size == 1 for size in (count, groups)
+    )
+    sizes = [total] * results
+    if not one_group:
+        sizes += [groups] * kept
 
     def advance(index, carry, arrays):
-        position = total - 1 - index if reverse else index
-        group, block = position // count, position % count
-        if isinstance(count, int) and count == 1:
-            group, block = position, 0
-        elif isinstance(groups, int) and groups == 1:
-            group, block = 0, position
-        outputs, ends, carry = body(group, block, carry)
-        places = [position] * results + [group] * kept
-        values = zip(arrays, places, [*outputs, *ends], strict=True)
+        place = total - 1 - index if reverse else index
+        group = 0 if one_group else place if one_block else place // count
+        block = 0 if one_block else place if one_group else place % count
+        outputs, carry = body(group, block, carry)
+        places = [place] * results + [group] * kept
+        # Without the kept ones if there are no arrays for them.
+        values = zip(arrays, places, [*outputs, *carry], strict=False)
         arrays = [array.write(place, x) for array, place, x in values]
         return index + 1, list(carry), arrays
 
-    sizes = [total] * results + [groups] * kept
     _, carry, arrays = tf.while_loop(
         lambda index, *_: index < total,
         advance,
@@ -218,7 +218,12 @@ def _walk(body, blocks, carry, results, kept, reverse=False):
         maximum_iterations=total,
     )
     stacked = [array.stack() for array in arrays]
-    return stacked[:results], stacked[results:], carry
+    ends = _stacked(carry[:kept]) if one_group else stacked[results:]
+    return stacked[:results], ends, carry
+
+
+def _stacked(tensors):
+    return [x[tf.newaxis] for x in tensors]
 
 
 def _restart(is_first, start, carry):

@@ -251,6 +251,7 @@ class _Walk(NamedTuple):
             key_mask=keep > 0.0,
             decay=decay if self.fades else None,
             state=state,
+            with_scale=True,
         )
         output, normalizer = scaling.divide(sums, is_signed=False)
         return (output, scaling.absolute_log(normalizer, sums.scale)), state
