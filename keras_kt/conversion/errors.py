@@ -22,6 +22,7 @@ from keras_kt.conversion.probe import (
     replaced_methods,
 )
 from keras_kt.layers.attention import KernelizedAttention
+from keras_kt.ops.quadratic import quadratic
 from keras_kt.ops.scaling import FLOOR
 
 
