@@ -409,7 +409,7 @@ def estimate(layer, query, key, value, visible, prior=None):
         arguments = prior(), layer.key_dim**-0.25
         bound = layer.feature_map.bind(*arguments)
         if kernel is not None:
-            kernel = layer.feature_map.bind_exact(*arguments)
+            kernel = layer.feature_map.exact_kernel(prior, layer.key_dim**-0.25)
     return quadratic(
         query,
         key,
