@@ -33,6 +33,7 @@ from keras_kt.features import (
 )
 from keras_kt.generation import generate
 from keras_kt.layers.attention import KernelizedAttention
+from keras_kt.layers.linear_attention import LinearAttention
 from keras_kt.layers.transformer import (
     DecoderState,
     KernelizedTransformerDecoder,
@@ -72,6 +73,7 @@ __all__ = [
     "KernelizedAttention",
     "KernelizedTransformerDecoder",
     "KernelizedTransformerEncoder",
+    "LinearAttention",
     "MixturePrior",
     "NearFieldState",
     "NormalPrior",

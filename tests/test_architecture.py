@@ -38,11 +38,10 @@ MAY_IMPORT = {
 LIMIT = 400
 # Files that are still longer, and how long they may be: to be cut, not raised.
 TOO_LONG = {
-    "layers/attention.py": 990,
+    "layers/attention.py": 450,
     "ops/linear.py": 645,
     "diagnostics/inspect.py": 620,
     "conversion/errors.py": 525,
-    "layers/transformer.py": 485,
     "conversion/calibrate.py": 475,
     "serving.py": 425,
 }

@@ -21,7 +21,6 @@ import tensorflow as tf
 
 from keras_kt import _checks, priors
 from keras_kt.conversion import errors
-from keras_kt.conversion.surgery import replace_layer
 from keras_kt.features import PositiveFeatures
 
 # Second moments are regularised by this share of their mean eigenvalue.
@@ -441,8 +440,7 @@ def _spend(items, budget):
         spent[max(gains)[1]] *= 2
     for item, by_count, count in zip(items, choices, spent, strict=True):
         layer = item.layer
-        layer.num_features = count
-        replace_layer(layer, layer.spectral_prior, by_count[count][0])
+        layer.replace_prior(by_count[count][0])
 
 
 def _forget_compilation(model):
@@ -457,9 +455,7 @@ def _forget_compilation(model):
 def _prior_with(layer, num_features):
     """A built copy of a layer's prior, with another number of features."""
     count = layer.feature_map.num_frequencies(num_features)
-    prior = layer._recipes.prior_copy(
-        None if layer.seed is None else layer.seed + 1
-    )
+    prior = layer.spectral_prior.copy()
     prior.build((layer.num_heads, count, layer.key_dim))
     for ours, theirs in zip(
         prior.trainable_variables,

@@ -388,6 +388,7 @@ def _entry(entry, made):
     return ConvertedLayer(
         path,
         "quadratic" if is_quadratic else "linear",
-        kernelized._resolve_num_features()[0],
+        kernelized.spectral_prior.num_frequencies
+        * kernelized.feature_map.sides,
         "; ".join(notes),
     )

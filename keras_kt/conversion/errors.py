@@ -254,7 +254,7 @@ def _intercepted(layers, attend):
         decay=None,
         same_length=False,
     ):
-        if decay is not None:
+        if layer.decay:
             raise ValueError(
                 "A layer that forgets stands for no softmax attention. "
                 f"Received: layer {layer.name!r} with decay={layer.decay!r}. "
@@ -404,12 +404,12 @@ def teach(pairs, teacher, inputs):
 
 def estimate(layer, query, key, value, visible, prior=None):
     """The layer's outputs and weights, by features and near field."""
-    query, key, bound, kernel = layer._kernel_inputs(query, key)
-    if prior is not None:
-        arguments = prior(), layer.key_dim**-0.25
-        bound = layer.feature_map.bind(*arguments)
-        if kernel is not None:
-            kernel = layer.feature_map.bind_exact(*arguments)
+    query, key = layer.scaled(query, key)
+    prior = layer.spectral_prior if prior is None else prior
+    bound = layer.feature_map.bind(prior.stored_frequencies())
+    kernel = None
+    if layer.near_field:
+        kernel = layer.feature_map.exact_kernel(prior)
     return quadratic(
         query,
         key,

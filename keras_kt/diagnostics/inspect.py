@@ -527,10 +527,10 @@ def _features_of(layer, call):
 
     Positive ones are scaled to length one, which attention does not notice.
     """
-    query, key, bound, _ = layer._kernel_inputs(
+    query, key = layer.scaled(
         *(tf.constant(_tokens(call, name)) for name in ("query", "key"))
     )
-    features = []
+    bound, features = layer.bound(), []
     for x in (query, key):
         x = tf.transpose(x, (1, 0, 2))[tf.newaxis]
         phi = bound(x)[0].numpy().astype("float64")

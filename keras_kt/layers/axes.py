@@ -152,16 +152,61 @@ def select_rows(x, mask):
     return tf.where(mask[..., tf.newaxis], x, tf.zeros((), x.dtype))
 
 
-def vector_mask(mask, query):
-    """The `(batch, key_length)` mask that a dense one is if all queries and
-    heads share it, or `None`."""
-    if mask is None or len(query.shape) != 3:
+def shared_mask(mask):
+    """Parts a mask that all queries and heads are known to share from others.
+
+    Returns:
+        A `(batch, key_length)` mask and what remains; one of them is `None`.
+    """
+    if mask is None:
+        return None, None
+    tensor = tf.convert_to_tensor(mask)
+    shared = list(range(1, len(tensor.shape) - 1))
+    if not shared or any(tensor.shape[axis] != 1 for axis in shared):
+        return None, mask
+    return tf.cast(tf.squeeze(tensor, shared), "bool"), None
+
+
+def position_mask(name, mask, positions, axes):
+    """A boolean mask that broadcasts to positions, or `None`.
+
+    Args:
+        name: of the argument.
+        mask: the argument.
+        positions: sizes of a tensor's axes but the last ones, batch first.
+        axes: those that are attended over.
+    """
+    if mask is None:
         return None
-    mask = tf.convert_to_tensor(mask)
-    shared = list(range(1, len(mask.shape) - 1))
-    if not shared or any(mask.shape[axis] != 1 for axis in shared):
-        return None
-    return tf.cast(tf.squeeze(mask, shared), "bool")
+    mask = tf.cast(mask, "bool")
+    # A `(batch, length)` mask holds for every index of the free axes.
+    if mask.shape.rank == 2 and len(axes) == 1:
+        for axis in range(1, len(positions)):
+            if axis not in axes:
+                mask = tf.expand_dims(mask, axis)
+    fits = mask.shape.rank == len(positions) and all(
+        None in (got, size) or got in (1, size)
+        for got, size in zip(mask.shape, positions, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"`{name}` must have the shape of the tensor's positions, "
+            f"{tuple(positions)}. Received: a mask of shape "
+            f"{tuple(mask.shape)}. Use `attention_mask` for a mask of pairs of "
+            "positions."
+        )
+    return mask
+
+
+def select_heads(name, mask, *heads):
+    """A `(batch, length)` mask, and heads with zeros where it hides them."""
+    if mask is None:
+        return None, *heads
+    positions = heads[0].shape[:2]
+    mask = position_mask(name, mask, positions, (1,))
+    mask = tf.broadcast_to(mask, tf.shape(heads[0])[:2])
+    mask = tf.ensure_shape(mask, positions)
+    return mask, *(select_rows(x, mask[:, :, tf.newaxis]) for x in heads)
 
 
 def both(mask, other):
@@ -213,6 +258,17 @@ def resolve_axes(attention_axes, rank):
     return resolved
 
 
+def scores_shape(query_shape, key_shape, axes, num_heads):
+    """Shape of the attention weights, as `MultiHeadAttention` gives them."""
+    free = [a for a in range(len(query_shape) - 1) if a not in axes]
+    return (
+        *(query_shape[axis] for axis in free),
+        num_heads,
+        *(query_shape[axis] for axis in axes),
+        *(key_shape[axis] for axis in axes),
+    )
+
+
 def check_one_axis(name, value, axes):
     """Raises a `ValueError` if positions have no order."""
     if len(axes) > 1:
@@ -225,6 +281,12 @@ def check_one_axis(name, value, axes):
 
 def check_shapes(query_shape, value_shape, key_shape):
     """Raises a `ValueError` unless keys and values stand in pairs."""
+    if len(value_shape) != len(query_shape):
+        raise ValueError(
+            "`query` and `value` must have the same rank. Received: "
+            f"query_shape={tuple(query_shape)} and "
+            f"value_shape={tuple(value_shape)}"
+        )
     if tuple(value_shape[1:-1]) != tuple(key_shape[1:-1]):
         raise ValueError(
             "All dimensions of `value` and `key`, except the last one, must be "
@@ -245,3 +307,32 @@ def check_tensors(query, value, key):
     for one, other in zip(value.shape[1:-1], key.shape[1:-1], strict=False):
         if None not in (one, other) and one != other:
             check_shapes(query.shape, value.shape, key.shape)
+
+
+def check_heads(shapes, heads, dims):
+    """Raises a `ValueError` unless shapes are heads that belong together.
+
+    Args:
+        shapes: of query, key and value.
+        heads: how many heads each should have.
+        dims: the size of these.
+    """
+    fits = all(
+        len(shape) == 4 and tuple(shape[2:]) == (count, dim)
+        for shape, count, dim in zip(shapes, heads, dims, strict=True)
+    )
+    batches, lengths = ({shape[i] for shape in shapes[i:]} for i in (0, 1))
+    if fits and len(batches - {None}) < 2 and len(lengths - {None}) < 2:
+        return
+    names, of = ("query", "key", "value"), ("query", "key", "key")
+    expected = ", ".join(
+        "`{}` (batch, {}_length, {}, {})".format(*parts)
+        for parts in zip(names, of, heads, dims, strict=True)
+    )
+    received = ", ".join(
+        f"{name} of shape {tuple(shape)}"
+        for name, shape in zip(names, shapes, strict=True)
+    )
+    raise ValueError(
+        f"Heads must be {expected}, of one batch size. Received: {received}"
+    )
