@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+import keras_kt
 from keras_kt import ops
 from keras_kt.ops import states, window
 from tests.helpers import cases, reference
@@ -47,6 +48,11 @@ class Problem(NamedTuple):
     mask: np.ndarray | None
     causal: bool
     upstream: np.ndarray
+
+    @property
+    def is_signed(self):
+        """Whether weights may be negative."""
+        return isinstance(self.feature_map, keras_kt.TrigonometricFeatures)
 
     @property
     def weights(self):
@@ -230,7 +236,6 @@ def _matrix(problem, is_near):
         )
     noise = cases.reference_noise(prior)
     weights = {**cases.weights_of(prior), **cases.weights_of(feature_map)}
-    is_signed = cases.reference_kind(feature_map, weights)["map"] == SIGNED
 
     def matrix_of(now):
         frequencies = cases.reference_frequencies(prior, now, noise)
@@ -245,7 +250,7 @@ def _matrix(problem, is_near):
             matrix = np.where(is_near, exact, matrix)
         return matrix
 
-    return matrix_of, weights, 1e-2 if is_signed else 0.0
+    return matrix_of, weights, 1e-2 if problem.is_signed else 0.0
 
 
 def decays(length, seed=5):
@@ -349,3 +354,17 @@ def assert_same(answer, expected, atol=1e-5):
             rtol=0,
             err_msg=f"gradient to {name}",
         )
+
+
+def assert_lively(answer, problem):
+    """Finite, and not vanished, whatever the scale of the inputs."""
+    output, gradients = answer
+    assert np.isfinite(output).all()
+    assert all(np.isfinite(g).all() for g in gradients.values())
+    if problem.is_signed:
+        assert np.abs(output).max(axis=-1).min() > 0
+        return
+    # Weights are convex, so every output is inside the values' range.
+    value = problem.arrays["value"]
+    assert output.min() >= value.min() - 1e-4
+    assert output.max() <= value.max() + 1e-4
