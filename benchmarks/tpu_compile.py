@@ -49,7 +49,7 @@ from jaxlib.mlir import ir
 
 import keras_kt
 from keras_kt import numerics
-from keras_kt.ops import block_grid
+from keras_kt.ops import blocks
 
 HEADS, KEY_DIM = 4, 64
 WIDTH = HEADS * KEY_DIM
@@ -84,8 +84,8 @@ MAPS = ("positive", "trigonometric")
 def main():
     args = parse_args()
     # What the layer does where a TPU is visible.
-    block_grid.CPU_BLOCK_ROWS = args.block_rows
-    block_grid.CPU_CAUSAL_BLOCK_ROWS = args.block_rows
+    blocks.CPU_BLOCK_ROWS = args.block_rows
+    blocks.CPU_CAUSAL_BLOCK_ROWS = args.block_rows
     numerics._rounds_products = lambda: True
     device = topologies.get_topology_desc(
         platform="tpu", topology_name=args.topology
@@ -131,7 +131,7 @@ def parse_args():
     add(
         "--block-rows",
         type=int,
-        default=block_grid.ACCELERATOR_BLOCK_ROWS,
+        default=blocks.ACCELERATOR_BLOCK_ROWS,
         help="default: those of an accelerator, %(default)s",
     )
     add("--output", type=Path, default="results/tpu.json")
@@ -278,7 +278,7 @@ def count_flops(labels, args):
     """
     length = labels["length"]
     if labels["attention"] != "softmax":
-        most = min(args.block_rows // HEADS, block_grid.MAX_BLOCK)
+        most = min(args.block_rows // HEADS, blocks.MAX_BLOCK)
         length = min(length, most)
     blocks = labels["length"] / length
     proto = lower(*maker({**labels, "length": length}, args)())

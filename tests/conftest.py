@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from keras_kt.layers import route
-from tests.helpers import runtimes
+from tests.helpers import blocks, runtimes
 
 tf.config.set_visible_devices([], "GPU")
 
@@ -21,6 +21,12 @@ def _seeded():
 def _linear_at_any_length(monkeypatch):
     """Tests are short; what "auto" does with short inputs has its own test."""
     monkeypatch.setattr(route, "SHORT_LENGTH", 0)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks of several chunks at the lengths of a test."""
+    blocks.cut_small(monkeypatch)
 
 
 @pytest.fixture(scope="session")

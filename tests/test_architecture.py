@@ -114,6 +114,38 @@ def test_files_are_short():
     assert all(lengths[name] > LIMIT for name in TOO_LONG)
 
 
+TESTS = sorted(Path(__file__).parent.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_tests_import_helpers_and_no_test_modules(path):
+    """Each module of tests runs and is read on its own."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, ast.unparse(node)
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "tests":
+                assert parts[1:2] == ["helpers"], name
+            assert not any(part.startswith("test_") for part in parts), name
+
+
+def test_only_one_helper_sets_the_size_of_blocks():
+    """Else a change of the algorithms is a change of many tests."""
+    users = {
+        path.name
+        for path in TESTS
+        if re.search(
+            r"ops.blocks|(CHUNK_SIZE|_ROWS|MAX_BLOCK)\b", path.read_text()
+        )
+    }
+    assert users <= {"blocks.py", Path(__file__).name}
+
+
 def test_only_the_priors_and_their_oracle_import_tfp():
     importing = re.compile(r"(from|import) tensorflow_probability")
     users = {room(p) for p in files() if importing.search(p.read_text())}
