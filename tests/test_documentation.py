@@ -16,7 +16,7 @@ SOFTMAX = keras.layers.MultiHeadAttention
 NAMESPACES = (
     keras_kt,
     keras_kt.diagnostics,
-    keras_kt.plots,
+    keras_kt.diagnostics.plots,
     keras.layers,
     ATTENTION,
     keras.Model,

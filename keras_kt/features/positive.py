@@ -161,6 +161,14 @@ class PositiveFeatures(FeatureMap):
     def sides(self):
         return 2 if self.two_sided else 1
 
+    @property
+    def is_softmax(self):
+        return self.prefactor in ("softmax", "tilted")
+
+    def is_tilted(self, prior):
+        is_normal = prior.is_gaussian and prior.num_components == 1
+        return self.prefactor == "tilted" and is_normal and prior.has_mean
+
     def default_num_features(self, prior, head_dim):
         # Both kinds need whole blocks; one-sided features need the width too.
         return 2 * prior.block_size(head_dim)

@@ -84,6 +84,9 @@ class SpectralPrior(Recipe):
     has_moment_generating_function = True
     # Gaussian, or a mixture of such: the kernel has a closed form.
     is_gaussian = False
+    # `distribution()` is the law of the frequencies itself, so that a closed
+    # form of it is the kernel's.
+    has_known_law = False
 
     def __init__(self, *, per_head=True, kl_weight=0.0, seed=None, **kwargs):
         super().__init__(**kwargs)

@@ -57,6 +57,8 @@ class DistributionPrior(SpectralPrior):
     TensorShape([1, 4, 3])
     """
 
+    has_known_law = True
+
     def __init__(
         self,
         distribution_fn,
