@@ -122,7 +122,7 @@ def tensorflow_answer(algorithm, problem):
         tape.watch(wanted)
         frequencies = prior()
         bound = feature_map.bind(frequencies)
-        kernel = feature_map.bind_exact(frequencies) if window else None
+        kernel = feature_map.exact_kernel(prior) if window else None
         output = run(algorithm, tensors, bound, kernel, window, mask, causal)
         loss = tf.reduce_sum(output * upstream)
     gradients = tape.gradient(loss, [*wanted, *variables])

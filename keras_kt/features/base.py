@@ -73,6 +73,22 @@ class FeatureMap(Recipe):
             logits += tilt[:, :, tf.newaxis]
         return logits
 
+    def has_exact_kernel(self, prior: SpectralPrior) -> bool:
+        """Whether `exact_kernel` has a kernel to give; of recipes, too."""
+        return False
+
+    def exact_kernel(self, prior: SpectralPrior, scale: float = 1.0):
+        """The kernel that features estimate, in closed form.
+
+        Args:
+            prior: a built prior.
+            scale: factor of queries and keys, as in `bind`.
+
+        Returns:
+            An `ExactKernel`, or `None` where no closed form is known.
+        """
+        return None
+
 
 def per_frequency(components: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
     """Repeats the last axis, components, to the frequencies of `like`."""

@@ -216,11 +216,14 @@ class PositiveFeatures(FeatureMap):
             two_sided=self.two_sided,
         )
 
-    def bind_exact(self, frequencies, scale=1.0):
-        """The closed form of what `bind` estimates, for Gaussian priors.
+    def has_exact_kernel(self, prior):
+        return prior.is_gaussian
 
-        Frequencies of fixed radius estimate it with a small bias.
-        """
+    def exact_kernel(self, prior, scale=1.0):
+        # Frequencies of fixed radius estimate it with a small bias.
+        if not self.has_exact_kernel(prior):
+            return None
+        frequencies = prior.stored_frequencies()
         factors = frequencies.covariances
         if factors.shape.rank == 3:
             factors = tf.sqrt(factors)

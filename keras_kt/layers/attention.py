@@ -306,8 +306,7 @@ class KernelizedAttention(keras.layers.Layer):
 
     def _check_near_field(self):
         prior, feature_map = self.spectral_prior, self.feature_map
-        is_positive = isinstance(feature_map, features.PositiveFeatures)
-        if self.near_field and not (is_positive and prior.is_gaussian):
+        if self.near_field and not feature_map.has_exact_kernel(prior):
             raise ValueError(
                 "`near_field` needs a kernel in closed form: positive features "
                 "of a NormalPrior or MixturePrior. Received: near_field="
@@ -693,14 +692,51 @@ class KernelizedAttention(keras.layers.Layer):
             and max(lengths) <= SHORT_LENGTH
         )
 
+    def scaled(self, query, key):
+        """Heads as the kernel takes them: scaled, or normalized by `qk_norm`.
+
+        Args:
+            query: projected queries `(batch, query_length, heads, key_dim)`.
+            key: projected keys `(batch, key_length, heads, key_dim)`.
+
+        Returns:
+            Both, float32. Weights of keys are the kernel of these.
+        """
+        query, key, scale = self._normalized(query, key)
+        return scale * query, scale * key
+
+    def bound(self):
+        """The feature map of the stored draw, a function of `scaled` heads.
+
+        It takes and gives `(batch, heads, length, dim)`; logarithms of features
+        where its `positive` is true. Needs a built layer.
+        """
+        return self.feature_map.bind(self.spectral_prior.stored_frequencies())
+
+    def exact_kernel(self):
+        """The kernel of `scaled` heads in closed form, an `ExactKernel`.
+
+        `None` where no closed form is known. Needs a built layer.
+        """
+        return self.feature_map.exact_kernel(self.spectral_prior)
+
+    @property
+    def temperature(self):
+        """What `qk_norm` has learned, `(heads, 1)`; `None` without it."""
+        return self._qk_norm.temperature if self.qk_norm else None
+
+    def _normalized(self, query, key):
+        """Float32 heads, and the factor of both that `scaled` applies."""
+        query = tf.cast(query, tf.float32)
+        key = tf.cast(key, tf.float32)
+        if self.qk_norm:
+            return self._qk_norm(query), self._qk_norm(key), 1.0
+        return query, key, self.key_dim**-0.25
+
     def _kernel_inputs(self, query, key, training=False):
         """Queries and keys, float32, the feature map that scales them, and
         the kernel of the near field or `None`."""
-        query = tf.cast(query, tf.float32)
-        key = tf.cast(key, tf.float32)
-        scale = self.key_dim**-0.25
-        if self.qk_norm:
-            query, key, scale = self._qk_norm(query), self._qk_norm(key), 1.0
+        query, key, scale = self._normalized(query, key)
         seed = None
         if training and self.redraw == "step":
             seed = self._redraw_seed.next()
@@ -709,7 +745,7 @@ class KernelizedAttention(keras.layers.Layer):
         frequencies = self._spectral_prior(seed=seed)
         kernel = None
         if self.near_field:
-            kernel = self._feature_map.bind_exact(frequencies, scale)
+            kernel = self._feature_map.exact_kernel(self._spectral_prior, scale)
         feature_map = self._feature_map.bind(frequencies, scale)
         return query, key, feature_map, kernel
 

@@ -169,8 +169,14 @@ class SpectralPrior(Recipe):
         """
         if self.kl_weight:
             self.add_loss(self.kl_weight * tf.reduce_mean(self.kl_divergence()))
-        noise = self.base_noise if seed is None else self.draw(seed)
-        return self.frequencies(tf.convert_to_tensor(noise))
+        if seed is None:
+            return self.stored_frequencies()
+        return self.frequencies(self.draw(seed))
+
+    def stored_frequencies(self) -> Frequencies:
+        """`Frequencies` of the stored draw, without a call's loss."""
+        self.require_built()
+        return self.frequencies(tf.convert_to_tensor(self.base_noise))
 
     def build_parameters(self) -> None:
         """Creates the trainable weights with `add_parameter`."""
