@@ -15,6 +15,7 @@ SOFTMAX = keras.layers.MultiHeadAttention
 # Where a name in a table may come from, beside the signatures of the layers.
 NAMESPACES = (
     keras_kt,
+    keras_kt.conversion,
     keras_kt.diagnostics,
     keras_kt.diagnostics.plots,
     keras.layers,

@@ -10,7 +10,6 @@ import tensorflow as tf
 
 from keras_kt.conversion.probe import replaced_attention
 from keras_kt.layers.attention import KernelizedAttention
-from keras_kt.ops.scaling import FLOOR
 
 
 def visible_pairs(call):
@@ -78,7 +77,7 @@ def attending(layers, attend):
 
 def masked_softmax(logits, visible):
     """Softmax over the keys that a query sees; zero in rows that see none."""
-    logits = tf.where(visible, logits, FLOOR)
+    logits = tf.where(visible, logits, logits.dtype.min)
     return tf.where(visible, tf.nn.softmax(logits), 0.0)
 
 

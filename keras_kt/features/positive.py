@@ -178,7 +178,7 @@ class PositiveFeatures(FeatureMap):
             raise ValueError(
                 "Positive features need a prior with a moment generating "
                 "function: E exp(ω·z) must be finite for every z. Received: "
-                f"{_describe(prior)}, whose tails are too heavy (or not known "
+                f"{prior.describe()}, whose tails are too heavy (or not known "
                 'to be light). Use feature_map="trigonometric", which takes '
                 "any distribution, or has_moment_generating_function=True if "
                 "you know that it exists."
@@ -241,10 +241,3 @@ def _by_component(x, factors):
     """x under each component's factor, `(batch, heads, t, c, e)`."""
     mapped = precise_product(x[:, :, tf.newaxis], factors)
     return tf.einsum("bhcte->bhtce", mapped)
-
-
-def _describe(prior):
-    describe = type(prior).__name__
-    if hasattr(prior, "distribution_fn"):
-        describe += f" of {prior.distribution().name}"
-    return describe

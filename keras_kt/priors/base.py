@@ -98,6 +98,10 @@ class SpectralPrior(Recipe):
     def num_components(self):
         return 1
 
+    def describe(self) -> str:
+        """What errors call the prior."""
+        return type(self).__name__
+
     def block_size(self, head_dim: int) -> int:
         """Number of frequencies that make one whole block of the coupling."""
         return head_dim * self.num_components

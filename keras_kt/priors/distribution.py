@@ -160,6 +160,9 @@ class DistributionPrior(SpectralPrior):
             samples, moments, log_probabilities, self.num_frequencies
         )
 
+    def describe(self):
+        return f"{super().describe()} of {self.distribution().name}"
+
     def distribution(self):
         return self.distribution_fn(self.parameter_values())
 
