@@ -58,8 +58,11 @@ FOREIGN = {
     # over its own losses without those of the layers in it.
     "_flatten_layers",
     "_losses",
-    # Keras has no public way to replace a layer in a built one.
+    # Keras has no public way to replace a layer in a built one, to tell a
+    # model that is a graph, or to tell where in a file a layer's weights are.
     "_tracker",
+    "_run_through_graph",
+    "_h5_entry_path",
     # Where KerasHub's decoder block keeps its attention.
     "_self_attention_layer",
 }
@@ -149,10 +152,24 @@ def reaches(source):
     tree = ast.parse(source)
     own = set(private_definitions(tree))
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Attribute) or _is_own(node.value):
+        owner, name = None, ""
+        if isinstance(node, ast.Attribute):
+            owner, name = node.value, node.attr
+        elif _is_by_name(node) and isinstance(node.args[1], ast.Constant):
+            owner, name = node.args[0], node.args[1].value
+        if owner is None or _is_own(owner) or name in own | FOREIGN:
             continue
-        if re.match("_[^_]", node.attr) and node.attr not in own | FOREIGN:
+        if re.match("_[^_]", name):
             yield ast.unparse(node)
+
+
+def _is_by_name(node):
+    """Whether a node is `getattr(x, name)` or its like."""
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("getattr", "hasattr", "setattr")
+    )
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: f"{room(p)}/{p.stem}")
@@ -164,6 +181,7 @@ def test_a_reach_is_seen():
     source = "class A:\n    def f(self, layer):\n        self._x = 1\n"
     assert not list(reaches(source + "        return layer._x\n"))
     assert list(reaches(source + "        return layer._y\n")) == ["layer._y"]
+    assert list(reaches(source + "        return getattr(layer, '_y')\n"))
     assert not list(reaches(source + "        return super()._y()\n"))
 
 

@@ -72,7 +72,7 @@ def replaced_attention(layers, compute):
         compute: function of a layer, the attention it had, and the arguments of
             a call by name: the projected `query`, `key` and `value`, and those
             that are given of `attention_mask`, `use_causal_mask`, `query_mask`,
-            `key_mask`, `decay` and others. It returns heads
+            `key_mask` and others. It returns heads
             `(batch, query_length, heads, value_dim)` and weights, or `None`.
     """
 

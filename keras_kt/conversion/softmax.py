@@ -52,7 +52,8 @@ def attending(layers, attend):
 
     def compute(layer, _, call):
         query = call["query"]
-        if call.get("decay") is not None:
+        # Keras's own layers forget nothing.
+        if getattr(layer, "decay", None):
             raise ValueError(
                 "A layer that forgets stands for no softmax attention. "
                 f"Received: layer {layer.name!r} with decay={layer.decay!r}. "
