@@ -18,6 +18,7 @@ from keras_kt.features import (
 )
 from keras_kt.generation import generate
 from keras_kt.layers.attention import KernelizedAttention
+from keras_kt.layers.linear_attention import LinearAttention
 from keras_kt.layers.transformer import (
     DecoderState,
     KernelizedTransformerDecoder,
@@ -51,6 +52,7 @@ __all__ = [
     "KernelizedAttention",
     "KernelizedTransformerDecoder",
     "KernelizedTransformerEncoder",
+    "LinearAttention",
     "MixturePrior",
     "NearFieldState",
     "NormalPrior",

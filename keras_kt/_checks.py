@@ -95,6 +95,17 @@ def floats(name, value):
     return tuple(float(x) for x in np.ravel(array))
 
 
+def plain(checks, /, **arguments):
+    """Arguments by name as plain Python values, each by its check.
+
+    Those without one (instances, names that are looked up) stay as they are.
+    """
+    return {
+        name: checks[name](name, value) if name in checks else value
+        for name, value in arguments.items()
+    }
+
+
 def keywords(arguments):
     """What goes on to a Keras layer (name, trainable, …), as plain values."""
     return {

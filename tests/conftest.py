@@ -6,7 +6,7 @@ import keras
 import pytest
 import tensorflow as tf
 
-from keras_kt.layers import attention
+from keras_kt.layers import route
 from tests.helpers import runtimes
 
 tf.config.set_visible_devices([], "GPU")
@@ -20,7 +20,7 @@ def _seeded():
 @pytest.fixture(autouse=True)
 def _linear_at_any_length(monkeypatch):
     """Tests are short; what "auto" does with short inputs has its own test."""
-    monkeypatch.setattr(attention, "SHORT_LENGTH", 0)
+    monkeypatch.setattr(route, "SHORT_LENGTH", 0)
 
 
 @pytest.fixture(scope="session")

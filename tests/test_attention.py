@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import keras_kt
 from keras_kt import ops
-from keras_kt.layers import attention
+from keras_kt.layers import route as layer_route
 from tests.helpers import cases
 from tests.helpers.contract import layer_contract
 from tests.helpers.tensors import array, wrong
@@ -831,7 +831,7 @@ def test_another_backend_is_refused_by_name():
 
 @pytest.mark.parametrize("causal", (False, True))
 def test_auto_forms_the_matrix_only_of_short_inputs(causal, monkeypatch):
-    monkeypatch.setattr(attention, "SHORT_LENGTH", 32)
+    monkeypatch.setattr(layer_route, "SHORT_LENGTH", 32)
     routes = []
 
     def spy_on(module, name):

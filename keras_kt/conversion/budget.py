@@ -8,7 +8,6 @@ matrix falls most for a feature, while the mean over the layers allows it.
 import numpy as np
 
 from keras_kt.conversion.errors import head_errors
-from keras_kt.conversion.surgery import replace_layer
 
 # Blocks of features that a layer may get within a budget.
 _BLOCKS = (1, 2, 4, 8, 16)
@@ -40,9 +39,7 @@ def spend(items, budget):
             break
         spent[max(gains)[1]] *= 2
     for item, by_count, count in zip(items, choices, spent, strict=True):
-        layer = item.layer
-        layer.num_features = count
-        replace_layer(layer, layer.spectral_prior, by_count[count][0])
+        item.layer.replace_prior(by_count[count][0])
 
 
 def forget_compilation(model):

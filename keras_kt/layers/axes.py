@@ -152,16 +152,56 @@ def select_rows(x, mask):
     return tf.where(mask[..., tf.newaxis], x, tf.zeros((), x.dtype))
 
 
-def vector_mask(mask, query):
-    """The `(batch, key_length)` mask that a dense one is if all queries and
-    heads share it, or `None`."""
-    if mask is None or len(query.shape) != 3:
-        return None
+def shared_mask(mask):
+    """The `(batch, key_length)` mask that a dense one is if it is known that
+    all queries and heads share it, or `None`."""
     mask = tf.convert_to_tensor(mask)
     shared = list(range(1, len(mask.shape) - 1))
     if not shared or any(mask.shape[axis] != 1 for axis in shared):
         return None
     return tf.cast(tf.squeeze(mask, shared), "bool")
+
+
+def position_mask(name, mask, positions, axes):
+    """A boolean mask that broadcasts to positions, or `None`.
+
+    Args:
+        name: of the argument.
+        mask: the argument.
+        positions: sizes of a tensor's axes but the last ones, batch first.
+        axes: those that are attended over.
+    """
+    if mask is None:
+        return None
+    mask = tf.cast(mask, "bool")
+    # A `(batch, length)` mask holds for every index of the free axes.
+    if mask.shape.rank == 2 and len(axes) == 1:
+        for axis in range(1, len(positions)):
+            if axis not in axes:
+                mask = tf.expand_dims(mask, axis)
+    fits = mask.shape.rank == len(positions) and all(
+        None in (got, size) or got in (1, size)
+        for got, size in zip(mask.shape, positions, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"`{name}` must have the shape of the tensor's positions, "
+            f"{tuple(positions)}. Received: a mask of shape "
+            f"{tuple(mask.shape)}. Use `attention_mask` for a mask of pairs of "
+            "positions."
+        )
+    return mask
+
+
+def select_heads(name, mask, *heads):
+    """A `(batch, length)` mask, and heads with zeros where it hides them."""
+    if mask is None:
+        return None, *heads
+    positions = heads[0].shape[:2]
+    mask = position_mask(name, mask, positions, (1,))
+    mask = tf.broadcast_to(mask, tf.shape(heads[0])[:2])
+    mask = tf.ensure_shape(mask, positions)
+    return mask, *(select_rows(x, mask[:, :, tf.newaxis]) for x in heads)
 
 
 def both(mask, other):
@@ -245,3 +285,32 @@ def check_tensors(query, value, key):
     for one, other in zip(value.shape[1:-1], key.shape[1:-1], strict=False):
         if None not in (one, other) and one != other:
             check_shapes(query.shape, value.shape, key.shape)
+
+
+def check_heads(received):
+    """Raises a `ValueError` unless tensors are heads that belong together.
+
+    Args:
+        received: for query, key and value by name, the shape and how many
+            heads of which size there should be.
+    """
+    fits = all(
+        len(shape) == 4 and tuple(shape[2:]) == (heads, dim)
+        for shape, heads, dim in received.values()
+    )
+    shapes = {name: tuple(x[0]) for name, x in received.items()}
+    if fits:
+        batches = {shape[0] for shape in shapes.values()}
+        lengths = {shapes[name][1] for name in ("key", "value")}
+        fits = len(batches - {None}) < 2 and len(lengths - {None}) < 2
+    if not fits:
+        expected = ", ".join(
+            f"`{name}` (batch, {of}_length, {heads}, {dim})"
+            for (name, (_, heads, dim)), of in zip(
+                received.items(), ("query", "key", "key"), strict=True
+            )
+        )
+        raise ValueError(
+            f"Heads must be {expected}, of one batch size. Received: "
+            + ", ".join(f"{name} of shape {x}" for name, x in shapes.items())
+        )

@@ -27,11 +27,19 @@ class UnitNorm(keras.layers.Layer):
         return tf.nn.softplus(tf.convert_to_tensor(self.raw_temperature))
 
     def call(self, x):
-        return tf.math.l2_normalize(x, axis=-1) * tf.sqrt(self.temperature)
+        """`(batch, length, heads, dim)`, or a multiple of as many heads."""
+        scale, heads = tf.sqrt(self.temperature), x.shape[2]
+        if heads > scale.shape[0]:
+            scale = tf.repeat(scale, heads // scale.shape[0], axis=0)
+        return tf.math.l2_normalize(x, axis=-1) * scale
 
 
 class Decay(keras.layers.Layer):
-    """λ = softplus(w·x + b) per head, with w = 0 if the decay is constant."""
+    """λ = softplus(w·x + b) per head, with w = 0 if the decay is constant.
+
+    A constant one belongs to `LinearAttention`, a gated one to the layer around
+    it, which has the tokens that the gate reads.
+    """
 
     def __init__(self, is_gated, **kwargs):
         super().__init__(**{**kwargs, "dtype": "float32"})

@@ -12,7 +12,8 @@ import keras
 import tensorflow as tf
 
 from keras_kt import _checks
-from keras_kt.layers.attention import KernelizedAttention, plain_arguments
+from keras_kt.layers import linear_attention, projections
+from keras_kt.layers.attention import KernelizedAttention
 from keras_kt.layers.axes import mask_of
 from keras_kt.layers.local_context import LocalContext
 from keras_kt.ops import states
@@ -64,8 +65,9 @@ class _Block(keras.layers.Layer):
         local_context=None,
         **kwargs,
     ):
-        self.attention_options = plain_arguments(
-            **{name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        self.attention_options = _checks.plain(
+            {**projections.ARGUMENTS, **linear_attention.ARGUMENTS},
+            **{name: kwargs.pop(name) for name in _OPTIONS if name in kwargs},
         )
         super().__init__(**_checks.keywords(kwargs))
         self.supports_masking = True

@@ -1,0 +1,230 @@
+"""The learned kernel of a layer's heads: where prior and feature map meet."""
+
+import functools
+
+import keras
+import tensorflow as tf
+
+from keras_kt import _checks, features, ops, priors
+from keras_kt.layers.scaling import UnitNorm
+
+REDRAWS = ("never", "step")
+QK_NORMS = (None, "l2")
+_COUNT = functools.partial(_checks.integer, optional=True)
+# Which check the value of an argument has to pass, to leave as plain Python.
+ARGUMENTS = {
+    "num_features": _COUNT,
+    "qk_norm": functools.partial(_checks.choice, choices=QK_NORMS),
+    "redraw": functools.partial(_checks.choice, choices=REDRAWS),
+    "near_field": _COUNT,
+    "seed": functools.partial(_checks.integer, minimum=None, optional=True),
+}
+
+
+class LearnedKernel(keras.layers.Layer):
+    """Base of `LinearAttention`: prior, map, temperature, draw, near field.
+
+    A subclass has `key_dim` and calls `build_kernel` when it is built.
+    """
+
+    def __init__(
+        self,
+        *,
+        spectral_prior,
+        feature_map,
+        num_features,
+        qk_norm,
+        redraw,
+        near_field,
+        seed,
+        **kwargs,
+    ):
+        plain = _checks.plain(
+            ARGUMENTS,
+            num_features=num_features,
+            qk_norm=qk_norm,
+            redraw=redraw,
+            near_field=near_field,
+            seed=seed,
+        )
+        super().__init__(**_checks.keywords(kwargs))
+        for name, value in plain.items():
+            setattr(self, name, value)
+        self._recipes = _Recipes(
+            priors.get(spectral_prior), features.get(feature_map)
+        )
+        self.unit_norm = None
+        self._check_near_field()
+
+    @property
+    def spectral_prior(self):
+        """The built prior; before `build`, the recipe."""
+        return getattr(self, "_spectral_prior", self._recipes.spectral_prior)
+
+    @property
+    def feature_map(self):
+        """The built feature map; before `build`, the recipe."""
+        return getattr(self, "_feature_map", self._recipes.feature_map)
+
+    @property
+    def spectral_weights(self):
+        """The trainable weights of the kernel: of the prior and the feature
+        map, and the temperature. Their names begin with `spectral_`."""
+        layers = self.spectral_prior, self.feature_map, self.unit_norm
+        return [w for layer in layers if layer for w in layer.trainable_weights]
+
+    @property
+    def temperature(self):
+        """What `qk_norm` has learned, `(heads, 1)`; `None` without it."""
+        return self.unit_norm.temperature if self.qk_norm else None
+
+    def _resolved_features(self):
+        if self.num_features is not None:
+            return self.num_features
+        return self.feature_map.default_num_features(
+            self.spectral_prior, self.key_dim
+        )
+
+    @property
+    def feature_dim(self):
+        """Width of φ with what the map adds to `num_features`."""
+        return self.feature_map.feature_dim(self._resolved_features())
+
+    def frequency_count(self):
+        """How many frequencies there are, or what is wrong with them."""
+        self.feature_map.validate(self.spectral_prior)
+        num_features = self._resolved_features()
+        count = self.feature_map.num_frequencies(num_features)
+        self.spectral_prior.validate(count, num_features)
+        return count
+
+    def _check_near_field(self):
+        prior, feature_map = self.spectral_prior, self.feature_map
+        if self.near_field and not feature_map.has_exact_kernel(prior):
+            raise ValueError(
+                "`near_field` needs a kernel in closed form: positive features "
+                "of a NormalPrior or MixturePrior. Received: near_field="
+                f"{self.near_field} with {type(feature_map).__name__} of a "
+                f"{type(prior).__name__}. Choose among these, or leave "
+                "`near_field` out."
+            )
+
+    def build_kernel(self, num_heads):
+        """Creates prior, map and temperature of so many heads."""
+        # The draw, the redraws and a caller's dropout need streams of their
+        # own.
+        draw, redraw = (
+            None if self.seed is None else self.seed + i for i in (1, 2)
+        )
+        self._spectral_prior = self._recipes.prior_copy(draw)
+        self._feature_map = self._recipes.feature_map_copy()
+        self._spectral_prior.build(
+            (num_heads, self.frequency_count(), self.key_dim)
+        )
+        self._feature_map.build(num_heads)
+        # Some priors know only now whether they have what the map needs.
+        self._feature_map.validate(self._spectral_prior)
+        if self.qk_norm:
+            self.unit_norm = UnitNorm(name="qk_norm")
+            self.unit_norm.build(num_heads)
+        if self.redraw == "step":
+            self._redraw_seed = keras.random.SeedGenerator(redraw)
+
+    def replace_prior(self, prior):
+        """Puts a built prior in the place of the layer's own.
+
+        Args:
+            prior: a built `SpectralPrior` for as many heads of the same size;
+                its number of frequencies may be another, and sets
+                `num_features`.
+        """
+        self._tracker.replace_tracked_value(
+            "layers", self._spectral_prior, prior
+        )
+        self._spectral_prior = prior
+        self.num_features = prior.num_frequencies * self._feature_map.sides
+
+    def scaled(self, query, key):
+        """Heads as the kernel takes them: scaled, or normalized by `qk_norm`.
+
+        Args:
+            query: `(batch, query_length, heads, key_dim)`.
+            key: `(batch, key_length, heads, key_dim)`.
+
+        Returns:
+            Both, float32. Weights of keys are the kernel of these.
+        """
+        query, key, scale = self._normalized(query, key)
+        return scale * query, scale * key
+
+    def bound(self):
+        """The feature map of the stored draw, a function of `scaled` heads.
+
+        It takes and gives `(batch, heads, length, dim)`; logarithms of features
+        where its `positive` is true. Needs a built layer.
+        """
+        return self.feature_map.bind(self.spectral_prior.stored_frequencies())
+
+    def exact_kernel(self):
+        """The kernel of `scaled` heads in closed form, an `ExactKernel`.
+
+        `None` where no closed form is known. Needs a built layer.
+        """
+        return self.feature_map.exact_kernel(self.spectral_prior)
+
+    def _normalized(self, query, key):
+        """Float32 heads, and the factor of both that `scaled` applies."""
+        query = tf.cast(query, tf.float32)
+        key = tf.cast(key, tf.float32)
+        if self.qk_norm:
+            return self.unit_norm(query), self.unit_norm(key), 1.0
+        return query, key, self.key_dim**-0.25
+
+    def kernel_inputs(self, query, key, training=False):
+        """What `ops.attend` takes: heads, and the bound map that scales them.
+
+        Returns:
+            Float32 queries and keys, the map, and a `NearField` or `None`.
+        """
+        query, key, scale = self._normalized(query, key)
+        seed = None
+        if training and self.redraw == "step":
+            seed = tf.cast(self._redraw_seed.next(), tf.int64) % (2**31 - 1)
+            seed = tf.cast(seed, tf.int32)
+        frequencies = self._spectral_prior(seed=seed)
+        near = None
+        if self.near_field:
+            near = ops.NearField(
+                self._feature_map.exact_kernel(self._spectral_prior, scale),
+                self.near_field,
+            )
+        return query, key, self._feature_map.bind(frequencies, scale), near
+
+    def get_config(self):
+        serialize = keras.saving.serialize_keras_object
+        return {
+            **super().get_config(),
+            "spectral_prior": serialize(self._recipes.spectral_prior),
+            "feature_map": serialize(self._recipes.feature_map),
+            "num_features": self.num_features,
+            "qk_norm": self.qk_norm,
+            "redraw": self.redraw,
+            "near_field": self.near_field,
+            "seed": self.seed,
+        }
+
+
+class _Recipes:
+    """The prior and map as given; not a container that Keras would track."""
+
+    def __init__(self, spectral_prior, feature_map):
+        self.spectral_prior = spectral_prior
+        self.feature_map = feature_map
+
+    def prior_copy(self, seed):
+        prior = self.spectral_prior
+        seed = seed if prior.seed is None else prior.seed
+        return prior.copy(name="spectral_prior", seed=seed)
+
+    def feature_map_copy(self):
+        return self.feature_map.copy(name="feature_map")

@@ -1,0 +1,448 @@
+"""LinearAttention: where prior, feature map and algorithm meet.
+
+Heads in, heads out: what stands between the projections of an attention layer.
+Tensors are `(batch, length, heads, dim)`.
+"""
+
+import functools
+import warnings
+
+import keras
+import tensorflow as tf
+
+from keras_kt import _checks, ops
+from keras_kt.layers import kernel, route
+from keras_kt.layers.axes import (
+    Folding,
+    both,
+    check_heads,
+    mask_of,
+    select_heads,
+    select_rows,
+    shared_mask,
+)
+from keras_kt.layers.scaling import Decay
+from keras_kt.ops import states, window
+
+DECAYS = (None, "constant", "gated")
+_COUNT = functools.partial(_checks.integer, optional=True)
+# As in `kernel`, whose arguments are among them.
+ARGUMENTS = {
+    **kernel.ARGUMENTS,
+    "num_heads": _checks.integer,
+    "key_dim": _checks.integer,
+    "value_dim": _COUNT,
+    "num_key_value_heads": _COUNT,
+    "implementation": functools.partial(
+        _checks.choice, choices=route.IMPLEMENTATIONS
+    ),
+    "decay": functools.partial(_checks.choice, choices=DECAYS),
+}
+
+
+@keras.saving.register_keras_serializable(package="keras_kt")
+class LinearAttention(kernel.LearnedKernel):
+    """Attention of projected heads with a learned kernel, in linear time.
+
+    Weights of keys are k(q, k) / Σ k(q, ·) with k(x, y) = E[φ_ω(x)·φ_ω(y)], ω
+    drawn from a trainable spectral prior; the matrix is never formed. For
+    models that make their own queries, keys and values;
+    `KernelizedAttention` is projections, masks and this.
+
+    Masked keys leave numerator and normalizer by selection, so their content
+    (NaN too) has no effect. Masked queries, and queries that see no key, get
+    zeros. True keeps in every mask.
+
+    Args:
+        num_heads: number of query heads.
+        key_dim: size of each head of query and key.
+        value_dim: size of each head of value. Defaults to `key_dim`.
+        num_key_value_heads: number of heads of key and value, which divides
+            `num_heads`: query head i uses head i // (num_heads /
+            num_key_value_heads). Prior, features, temperature, decay and state
+            are of these. Defaults to `num_heads`.
+        spectral_prior: `"normal"` (default), `"mixture"`, `"fastfood"`,
+            `"generator"`, or an instance of a `SpectralPrior`. An instance is a
+            recipe; the built copy is `layer.spectral_prior`.
+        feature_map: `"positive"` (default; also `"prf"`), `"trigonometric"`
+            (also `"rks"`), or an instance of a `FeatureMap`.
+        num_features: D, the width of φ per head. Defaults to `None`, which
+            means one whole block of orthogonal frequencies for each component
+            of the prior: 2 · key_dim · components.
+        qk_norm: `None` (default) scales queries and keys by key_dim^(-1/4)
+            each; `"l2"` normalizes them and learns a temperature per head.
+        redraw: `"never"` (default): one stored draw of the base noise, a
+            weight. `"step"`: fresh noise at every training step.
+        implementation: `"auto"` (default) is linear, except where a call needs
+            the matrix (a dense `attention_mask`, `return_attention_scores`) and
+            where forming it is faster: at most 32 tokens. `"linear"` refuses
+            what needs it, `"quadratic"` always forms it.
+        decay: `None` (default), `"constant"` or `"gated"`: the weight of key s
+            for query t is multiplied by exp(−Σ λ_u) over the tokens u after s
+            up to t (after t up to s, for keys after the query). With
+            `"constant"` the layer owns and learns λ ≥ 0 of each head, at the
+            start for memories of 32 to 4096 tokens. With `"gated"` the caller
+            computes λ of each token and gives it as `decay`. Masked tokens do
+            not count. Attention with trigonometric features has to be causal
+            then, or form the matrix.
+        near_field: number of tokens; keys less than that far from the query, in
+            visible tokens, weigh by the kernel in closed form, those beyond by
+            features. Needs positive features of a normal or mixture prior.
+            Defaults to `None`: features at any distance.
+        seed: integer seed of the stored draw and of redraws. Defaults to
+            `None`, which means one from Keras's global generator.
+
+    Call arguments:
+        query: `(batch, query_length, num_heads, key_dim)`.
+        key: `(batch, key_length, num_key_value_heads, key_dim)`.
+        value: `(batch, key_length, num_key_value_heads, value_dim)`.
+        query_mask, key_mask: `(batch, length)` boolean. Default to the Keras
+            masks of the tensors.
+        attention_mask: boolean, broadcast to `(batch, num_heads, query_length,
+            key_length)` as in `keras.layers.MultiHeadAttention`. Costs
+            O(length²), unless its query axis is known to have size 1.
+        decay: `(batch, key_length, num_key_value_heads, 1)`, λ ≥ 0 of each
+            token; for `decay="gated"` only.
+        use_causal_mask: query t sees keys 0 … t only; stays linear.
+        return_attention_scores: also return the attention weights.
+        training: whether to redraw.
+
+    Returns:
+        `(batch, query_length, num_heads, value_dim)`, and the weights
+        `(batch, num_heads, query_length, key_length)` if asked for.
+
+    Examples:
+
+    >>> layer = keras_kt.LinearAttention(4, 8, num_key_value_heads=2)
+    >>> q, k, v = (np.ones((2, 100, heads, 8)) for heads in (4, 2, 2))
+    >>> layer(q, k, v, use_causal_mask=True).shape
+    TensorShape([2, 100, 4, 8])
+    >>> state = layer.initial_state(batch_size=2)
+    >>> output, state = layer.step(q[:, :1], k[:, :1], v[:, :1], state)
+    >>> output.shape
+    TensorShape([2, 1, 4, 8])
+    """
+
+    def __init__(
+        self,
+        num_heads,
+        key_dim,
+        value_dim=None,
+        num_key_value_heads=None,
+        *,
+        spectral_prior="normal",
+        feature_map="positive",
+        num_features=None,
+        qk_norm=None,
+        redraw="never",
+        implementation="auto",
+        decay=None,
+        near_field=None,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(
+            spectral_prior=spectral_prior,
+            feature_map=feature_map,
+            num_features=num_features,
+            qk_norm=qk_norm,
+            redraw=redraw,
+            near_field=near_field,
+            seed=seed,
+            **kwargs,
+        )
+        self.supports_masking = True
+        plain = _checks.plain(
+            ARGUMENTS,
+            num_heads=num_heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            num_key_value_heads=num_key_value_heads,
+            implementation=implementation,
+            decay=decay,
+        )
+        for name, value in plain.items():
+            setattr(self, name, value)
+        self.value_dim = self.value_dim or self.key_dim
+        self.num_key_value_heads = self.num_key_value_heads or self.num_heads
+        if self.num_heads % self.num_key_value_heads:
+            raise ValueError(
+                "`num_heads` must be a multiple of `num_key_value_heads`, so "
+                "that as many query heads share each. Received: num_heads="
+                f"{self.num_heads}, num_key_value_heads="
+                f"{self.num_key_value_heads}"
+            )
+        self.frequency_count()
+        self.decay_rates = None
+        self._warned_of_dense_mask = False
+
+    def build(self, query_shape, key_shape, value_shape):
+        self._check_heads(query_shape, key_shape, value_shape)
+        self.build_kernel(self.num_key_value_heads)
+        if self.decay == "constant":
+            self.decay_rates = Decay(is_gated=False, name="decay")
+            self.decay_rates.build((self.num_key_value_heads, None))
+        self.built = True
+
+    def _check_heads(self, query, key, value):
+        """Raises a `ValueError` unless shapes are those of the heads."""
+        few = self.num_key_value_heads
+        check_heads(
+            {
+                "query": (query, self.num_heads, self.key_dim),
+                "key": (key, few, self.key_dim),
+                "value": (value, few, self.value_dim),
+            }
+        )
+
+    def call(
+        self,
+        query,
+        key,
+        value,
+        query_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        decay=None,
+        use_causal_mask=False,
+        return_attention_scores=False,
+        training=None,
+    ):
+        query_mask = mask_of(query, query_mask)
+        key_mask = both(mask_of(key, key_mask), mask_of(value))
+        self._check_heads(query.shape, key.shape, value.shape)
+        if attention_mask is not None:
+            folding = Folding(query, key, (1,))
+            attention_mask = folding.fold_dense_mask(attention_mask)
+            shared = shared_mask(attention_mask)
+            if shared is not None:
+                key_mask, attention_mask = both(key_mask, shared), None
+        query_mask, query = select_heads("query_mask", query_mask, query)
+        key_mask, key, value = select_heads("key_mask", key_mask, key, value)
+        output, scores = self.attend(
+            query,
+            key,
+            value,
+            query_mask=query_mask,
+            key_mask=key_mask,
+            attention_mask=attention_mask,
+            decay=decay,
+            use_causal_mask=use_causal_mask,
+            return_attention_scores=return_attention_scores,
+            training=training,
+        )
+        output = tf.cast(output, self.compute_dtype)
+        if query_mask is not None:
+            output._keras_mask = query_mask
+        if return_attention_scores:
+            return output, tf.cast(scores, self.compute_dtype)
+        return output
+
+    def attend(
+        self,
+        query,
+        key,
+        value,
+        *,
+        query_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        decay=None,
+        use_causal_mask=False,
+        return_attention_scores=False,
+        training=None,
+        same_length=False,
+    ):
+        """What a call does, in float32 and without Keras's masks.
+
+        For layers around this one.
+
+        Args:
+            query, key, value, decay, use_causal_mask, training: as in the call;
+                finite where masked.
+            query_mask, key_mask: `(batch, length)` boolean, or `None`.
+            attention_mask: boolean of rank 4, or `None`.
+            return_attention_scores: whether the weights are needed.
+            same_length: whether queries are known to be as many as keys, which
+                dynamic shapes do not tell.
+
+        Returns:
+            `(batch, query_length, num_heads, value_dim)`, and the weights or
+            `None`.
+        """
+        decay = self._decay_of(key, decay)
+        needs_matrix = self._needs_matrix(
+            attention_mask is not None, return_attention_scores
+        )
+        query, key, feature_map, near = self.kernel_inputs(query, key, training)
+        value = tf.cast(value, tf.float32)
+        tokens = query, key, value, feature_map
+        options = {
+            "causal": use_causal_mask,
+            "key_mask": key_mask,
+            "decay": decay,
+            "near": near,
+        }
+        scores = None
+        if needs_matrix or (
+            self.implementation == "auto" and route.is_short(query, key)
+        ):
+            output, scores = ops.attend_with_matrix(
+                *tokens, attention_mask=attention_mask, **options
+            )
+        else:
+            output = route.attend_linearly(
+                *tokens, same_length=same_length, **options
+            )
+        if query_mask is not None:
+            output = select_rows(output, query_mask[:, :, tf.newaxis])
+            if scores is not None:
+                scores = select_rows(scores, query_mask[:, tf.newaxis])
+        return output, scores
+
+    def _needs_matrix(self, has_mask, needs_scores):
+        needs_matrix = route.needs_matrix(
+            self.implementation, has_mask, needs_scores
+        )
+        is_silent = needs_scores or self.implementation == "quadratic"
+        if needs_matrix and not is_silent and not self._warned_of_dense_mask:
+            self._warned_of_dense_mask = True
+            warnings.warn(route.DENSE_MASK_WARNING, stacklevel=2)
+        return needs_matrix
+
+    def _decay_of(self, key, decay):
+        """λ of each token, the layer's own or the caller's; or `None`."""
+        if (decay is not None) != (self.decay == "gated"):
+            raise ValueError(
+                "`decay` of a call, the rate of each token, belongs to "
+                'decay="gated" and is needed there. Received: layer '
+                f"{self.name!r} with decay={self.decay!r}, called "
+                f"{'without' if decay is None else 'with'} rates."
+            )
+        if self.decay == "constant":
+            return self.decay_rates(key[:, :, 0])
+        if decay is None:
+            return None
+        decay = tf.cast(decay, tf.float32)
+        expected = (*key.shape[:3], 1)
+        if not decay.shape.is_compatible_with(expected):
+            raise ValueError(
+                "`decay` must be (batch, key_length, num_key_value_heads, 1), "
+                f"{expected} for this key. Received: {tuple(decay.shape)}"
+            )
+        return decay
+
+    def initial_state(self, batch_size):
+        """The state of a causal stream that has seen nothing.
+
+        Args:
+            batch_size: number of streams, an integer or a scalar tensor.
+
+        Returns:
+            `AttentionState` of float32 tensors, or `NearFieldState`. Needs no
+            built layer.
+        """
+        if self.near_field:
+            return window.initial_near_field_state(
+                batch_size, *self._state_sizes()
+            )
+        return states.initial_state(batch_size, *self._state_sizes())
+
+    @property
+    def state_shapes(self):
+        """Shapes of the state's tensors, as a state; `None` for the batch."""
+        if self.near_field:
+            return window.near_field_state_shapes(*self._state_sizes())
+        return states.state_shapes(*self._state_sizes())
+
+    def _state_sizes(self):
+        sizes = self.num_key_value_heads, self.feature_dim, self.value_dim
+        more = (self.key_dim, self.near_field) if self.near_field else ()
+        return *sizes, *more
+
+    def step(
+        self,
+        query,
+        key,
+        value,
+        state,
+        key_mask=None,
+        query_mask=None,
+        decay=None,
+    ):
+        """Causal attention of new tokens on a state: prefill and decode.
+
+        Equals `call(..., use_causal_mask=True)` on the whole sequence, however
+        it is cut. The stored draw is used.
+
+        Args:
+            query, key, value, decay: as in the call, of as many new tokens, at
+                least one.
+            state: `AttentionState` from `initial_state` or an earlier `step`;
+                or its arrays, NumPy's too, in a tuple, a list or a dict.
+            key_mask: `(batch, new_tokens)` boolean; masked tokens leave the
+                state as it is, and take no place.
+            query_mask: likewise; masked queries get zeros.
+
+        Returns:
+            `(batch, new_tokens, num_heads, value_dim)`, which carries the
+            query's mask, and the new state.
+        """
+        query_mask = mask_of(query, query_mask)
+        key_mask = both(mask_of(key, key_mask), mask_of(value))
+        query, key, value = (
+            tf.convert_to_tensor(x, self.compute_dtype)
+            if not tf.is_tensor(x)
+            else x
+            for x in (query, key, value)
+        )
+        if not self.built:
+            self.build(query.shape, key.shape, value.shape)
+        self._check_heads(query.shape, key.shape, value.shape)
+        route.check_step(query, key, value)
+        state = route.restore(state, self.state_shapes, query)
+        query_mask, query = select_heads("query_mask", query_mask, query)
+        key_mask, key, value = select_heads("key_mask", key_mask, key, value)
+        decay = self._decay_of(key, decay)
+        query, key, feature_map, near = self.kernel_inputs(query, key)
+        output, state = ops.attend(
+            query,
+            key,
+            tf.cast(value, tf.float32),
+            feature_map,
+            causal=True,
+            key_mask=key_mask,
+            decay=decay,
+            near=near,
+            state=state,
+        )
+        output = tf.cast(output, self.compute_dtype)
+        if query_mask is not None:
+            output = select_rows(output, query_mask[:, :, tf.newaxis])
+            output._keras_mask = query_mask
+        return output, state
+
+    def compute_output_shape(self, query_shape, key_shape, value_shape):
+        self._check_heads(query_shape, key_shape, value_shape)
+        return (*query_shape[:3], self.value_dim)
+
+    def compute_output_spec(
+        self, query, key, value, return_attention_scores=False, **kwargs
+    ):
+        shape = self.compute_output_shape(query.shape, key.shape, value.shape)
+        output = keras.KerasTensor(shape, dtype=self.compute_dtype)
+        if not return_attention_scores:
+            return output
+        scores = shape[0], shape[2], shape[1], key.shape[1]
+        return output, keras.KerasTensor(scores, dtype=self.compute_dtype)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_heads": self.num_heads,
+            "key_dim": self.key_dim,
+            "value_dim": self.value_dim,
+            "num_key_value_heads": self.num_key_value_heads,
+            "implementation": self.implementation,
+            "decay": self.decay,
+        }

@@ -1,0 +1,167 @@
+"""The projections of an attention layer, as `MultiHeadAttention` has them."""
+
+import functools
+import string
+
+import keras
+import numpy as np
+
+from keras_kt import _checks
+
+# Which check the value of an argument has to pass, to leave as plain Python.
+ARGUMENTS = {
+    "dropout": functools.partial(_checks.number, below=1.0),
+    "use_bias": _checks.boolean,
+    "use_gate": _checks.boolean,
+}
+
+
+class ProjectedAttention(keras.layers.Layer):
+    """Base of layers that project tokens to heads, and heads to tokens.
+
+    Weights and their order are `MultiHeadAttention`'s. A subclass has
+    `num_heads`, `key_dim`, `value_dim` and `seed`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dropout,
+        use_bias,
+        output_shape,
+        kernel_initializer,
+        bias_initializer,
+        kernel_regularizer,
+        bias_regularizer,
+        activity_regularizer,
+        kernel_constraint,
+        bias_constraint,
+        use_gate,
+        **kwargs,
+    ):
+        plain = _checks.plain(
+            ARGUMENTS, dropout=dropout, use_bias=use_bias, use_gate=use_gate
+        )
+        super().__init__(**_checks.keywords(kwargs))
+        for name, value in plain.items():
+            setattr(self, name, value)
+        # Not a public attribute: Functional models have one of that name.
+        self._output_shape = _as_shape(output_shape)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.projection_activity_regularizer = keras.regularizers.get(
+            activity_regularizer
+        )
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.bias_constraint = keras.constraints.get(bias_constraint)
+
+    @property
+    def query_dense(self):
+        return self._query_dense
+
+    @property
+    def key_dense(self):
+        return self._key_dense
+
+    @property
+    def value_dense(self):
+        return self._value_dense
+
+    @property
+    def output_dense(self):
+        return self._output_dense
+
+    def build_projections(self, query_shape, value_shape, key_shape):
+        """Creates them, in `MultiHeadAttention`'s order."""
+        heads_in = (self.num_heads, self.key_dim)
+        heads_out = (self.num_heads, self.value_dim)
+        self._query_dense = self._project("query", query_shape, heads_in)
+        self._key_dense = self._project("key", key_shape, heads_in)
+        if self.use_gate:
+            self._gate_dense = self._project(
+                "gate", query_shape, heads_out, activation="sigmoid"
+            )
+        self._value_dense = self._project("value", value_shape, heads_out)
+        self._dropout_layer = keras.layers.Dropout(
+            self.dropout, dtype=self.dtype_policy, seed=self.seed
+        )
+        self._output_dense = self._project(
+            "attention_output",
+            (*query_shape[:-1], *heads_out),
+            self._output_shape or (query_shape[-1],),
+            bound=2,
+        )
+
+    def _project(self, name, input_shape, output_shape, bound=1, **kwargs):
+        letters = string.ascii_lowercase
+        free = len(input_shape) - bound
+        inputs = letters[: free + bound]
+        outputs = letters[free + bound : free + bound + len(output_shape)]
+        equation = (
+            f"{inputs},{inputs[free:]}{outputs}->{inputs[:free]}{outputs}"
+        )
+        layer = keras.layers.EinsumDense(
+            equation,
+            output_shape=(*[None] * (free - 1), *output_shape),
+            bias_axes=outputs if self.use_bias else None,
+            name=name,
+            kernel_initializer=self.kernel_initializer.clone(),
+            bias_initializer=self.bias_initializer.clone(),
+            kernel_regularizer=self.kernel_regularizer,
+            bias_regularizer=self.bias_regularizer,
+            activity_regularizer=self.projection_activity_regularizer,
+            kernel_constraint=self.kernel_constraint,
+            bias_constraint=self.bias_constraint,
+            dtype=self.dtype_policy,
+            **kwargs,
+        )
+        layer.build(tuple(input_shape))
+        return layer
+
+    def _project_heads(self, heads, query, training):
+        if self.dropout:
+            heads = self._dropout_layer(heads, training=training)
+        if self.use_gate:
+            heads = heads * self._gate_dense(query)
+        return self._output_dense(heads)
+
+    def output_shape_for(self, query_shape):
+        """Shape of the outputs for queries of a shape."""
+        if self._output_shape:
+            return (*query_shape[:-1], *self._output_shape)
+        return tuple(query_shape)
+
+    def get_config(self):
+        serialize = keras.saving.serialize_keras_object
+        return {
+            **super().get_config(),
+            "dropout": self.dropout,
+            "use_bias": self.use_bias,
+            "output_shape": self._output_shape,
+            "kernel_initializer": serialize(self.kernel_initializer),
+            "bias_initializer": serialize(self.bias_initializer),
+            "kernel_regularizer": serialize(self.kernel_regularizer),
+            "bias_regularizer": serialize(self.bias_regularizer),
+            "activity_regularizer": serialize(
+                self.projection_activity_regularizer
+            ),
+            "kernel_constraint": serialize(self.kernel_constraint),
+            "bias_constraint": serialize(self.bias_constraint),
+            "use_gate": self.use_gate,
+        }
+
+
+def _as_shape(output_shape):
+    if output_shape is None:
+        return None
+    if np.ndim(output_shape) == 0:
+        output_shape = [output_shape]
+    try:
+        return _checks.integers("output_shape", output_shape) or None
+    except ValueError as error:
+        raise ValueError(
+            f"Invalid `output_shape`: {output_shape}. When specified, the "
+            "`output_shape` should be of type tuple, list, or int."
+        ) from error

@@ -1,0 +1,108 @@
+"""How a layer's call is computed: by the matrix or not; resuming a stream."""
+
+import tensorflow as tf
+
+from keras_kt import ops
+from keras_kt.layers.axes import match_length
+from keras_kt.ops import states
+
+IMPLEMENTATIONS = ("auto", "linear", "quadratic")
+# Up to about this length the matrix is as fast as the linear form or faster,
+# with XLA and without: benchmarks/attention.py --levels core --lengths 16 32 64
+SHORT_LENGTH = 32
+# A layer's `sliding_window` comes as a mask.
+_DENSE_MASK = "a dense mask (`attention_mask`, `sliding_window`)"
+_ALTERNATIVES = (
+    "Padding masks (`query_mask`, `value_mask`, `key_mask`, or the Keras masks "
+    "of the inputs) and `use_causal_mask=True` stay linear."
+)
+DENSE_MASK_WARNING = (
+    f"{_DENSE_MASK} costs O(length²) time and memory, which linear attention "
+    f"avoids. {_ALTERNATIVES}"
+)
+
+
+def needs_matrix(implementation, has_dense_mask, needs_scores):
+    """Whether a call needs the matrix, or what is wrong with that."""
+    if implementation == "quadratic":
+        return True
+    reasons = []
+    if has_dense_mask:
+        reasons.append(_DENSE_MASK)
+    if needs_scores:
+        reasons.append("`return_attention_scores=True`")
+    if reasons and implementation == "linear":
+        raise ValueError(
+            f"{' and '.join(reasons)} needs the attention matrix, which "
+            'implementation="linear" never forms. Use implementation="auto" to '
+            f"allow O(length²) for such calls. {_ALTERNATIVES}"
+        )
+    return bool(reasons)
+
+
+def is_short(query, key):
+    """Whether sequences are known to be so short that the matrix is faster."""
+    lengths = query.shape[1], key.shape[1]
+    return None not in lengths and max(lengths) <= SHORT_LENGTH
+
+
+def attend_linearly(
+    query, key, value, feature_map, *, same_length, causal, near, **options
+):
+    """`ops.attend` of queries and keys of any lengths.
+
+    Args:
+        query, key, value, feature_map, causal, near, options: as there.
+        same_length: whether lengths are known to be equal, which dynamic shapes
+            do not tell.
+    """
+    by_distance = options["decay"] is not None or near is not None
+    if by_distance and not causal and not feature_map.positive:
+        raise ValueError(
+            "`decay` with trigonometric features needs `use_causal_mask=True` "
+            "or the attention matrix. Received: use_causal_mask=False. Use "
+            'positive features, or implementation="quadratic".'
+        )
+    length = query.shape[1]
+    is_static = length is not None
+    same_length = same_length or (is_static and length == key.shape[1])
+    needs_match = (causal or by_distance) and not same_length
+    if needs_match:
+        length = length if is_static else tf.shape(query)[1]
+        if not causal:
+            missing = tf.maximum(tf.shape(key)[1] - length, 0)
+            query = tf.pad(query, [(0, 0), (0, missing), (0, 0), (0, 0)])
+        options["key_mask"], key, value, options["decay"] = match_length(
+            query, options["key_mask"], key, value, options["decay"]
+        )
+    output, _ = ops.attend(
+        query, key, value, feature_map, causal=causal, near=near, **options
+    )
+    return output[:, :length] if needs_match else output
+
+
+def check_step(query, key, value):
+    """Raises a `ValueError` unless new tokens stand in threes."""
+    lengths = {x.shape[1] for x in (query, key, value)} - {None}
+    if len(lengths) > 1:
+        raise ValueError(
+            "`step` is causal: every new query comes with its own new key and "
+            "value, so their lengths must be equal. Received: query of shape "
+            f"{tuple(query.shape)}, value of shape {tuple(value.shape)} and "
+            f"key of shape {tuple(key.shape)}. For attention without causality "
+            "(to an encoder's output, say) call the layer itself."
+        )
+
+
+def restore(state, shapes, query):
+    """The state as tensors, or what is wrong with it."""
+    state = states.restore(state, shapes)
+    batch = tf.nest.flatten(state)[0].shape[0]
+    if len({query.shape[0], batch} - {None}) > 1:
+        raise ValueError(
+            "`state` must have the batch size of the new tokens. Received: a "
+            f"state of batch size {batch} and query of shape "
+            f"{tuple(query.shape)}. Start a stream of another batch size with "
+            "`initial_state(batch_size)`."
+        )
+    return state
