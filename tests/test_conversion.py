@@ -326,10 +326,13 @@ def test_attention_of_another_kind_is_kept_with_the_reason():
     assert "is not a MultiHeadAttention" in report.kept["grouped"]
     with pytest.raises(ValueError, match="No attention layer of the model can"):
         keras_kt.convert_attention(model, layers=["rotated", "grouped"])
-    _, report = keras_kt.convert_attention(
-        keras.Model(converted.inputs, attention("new")(*converted.outputs * 2))
-    )
+    y = attention("new")(*converted.outputs * 2)
+    heads = keras.layers.Reshape((-1, 1, WIDTH))(y)
+    core = keras_kt.LinearAttention(1, WIDTH, name="core")
+    y = core(heads, heads, heads)
+    _, report = keras_kt.convert_attention(keras.Model(converted.inputs, y))
     assert report.kept["plain"] == "is linear already"
+    assert report.kept["core"] == "is linear already"
 
 
 def test_bad_models_are_refused():

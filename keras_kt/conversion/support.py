@@ -15,6 +15,7 @@ from keras_kt.conversion import keras_hub
 from keras_kt.conversion.probe import kept_losses, recorded_calls
 from keras_kt.conversion.surgery import projections
 from keras_kt.layers.attention import KernelizedAttention
+from keras_kt.layers.linear_attention import LinearAttention
 
 # What a subclass of MultiHeadAttention may not change if its weights are to
 # mean the same in KernelizedAttention.
@@ -24,7 +25,7 @@ _COMPUTATION = ("call", "_compute_attention", "_masked_softmax")
 def refusal(layer):
     """Why a layer cannot stand for its weights in KernelizedAttention."""
     name = type(layer).__name__
-    if isinstance(layer, KernelizedAttention):
+    if isinstance(layer, (KernelizedAttention, LinearAttention)):
         return "is linear already"
     if not isinstance(layer, keras.layers.MultiHeadAttention):
         return f"{name} is not a MultiHeadAttention"

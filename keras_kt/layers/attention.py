@@ -14,14 +14,10 @@ from keras_kt import _checks
 from keras_kt.layers import route
 from keras_kt.layers.axes import (
     Folding,
-    as_axes,
     both,
     check_one_axis,
-    check_shapes,
     check_tensors,
     mask_of,
-    position_mask,
-    resolve_axes,
     select_rows,
     shared_mask,
     without_mask,
@@ -47,17 +43,14 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
 
     Args:
         num_heads: number of attention heads.
-        key_dim: size of each head for query and key.
-        value_dim: size of each head for value. Defaults to `key_dim`.
-        dropout: rate of dropout on the heads' outputs (there is no matrix to
-            drop weights from).
+        key_dim, value_dim: size of each head for query and key, and for value.
+            `value_dim` defaults to `key_dim`.
+        dropout: rate of dropout on the heads' outputs; there is no matrix.
         use_bias: whether the projections have biases.
         output_shape: shape of an output token. Defaults to the query's.
-        attention_axes: axes that are attended over. Defaults to all but batch
-            and features.
+        attention_axes: axes to attend over. Default to all in the middle.
         sliding_window: as in `MultiHeadAttention`; costs O(length²) here.
-        flash_attention: accepted for compatibility; there is nothing to turn
-            on, since memory is linear without it.
+        flash_attention: has no effect; memory is linear without it.
         kernel_initializer: of the projections, as in `MultiHeadAttention`;
             as are bias_initializer, kernel_regularizer, bias_regularizer,
             activity_regularizer, kernel_constraint, bias_constraint and
@@ -65,44 +58,31 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
         seed: integer seed of the stored draw, of redraws and of dropout.
             Defaults to `None`, which means one from Keras's global generator.
         spectral_prior: `"normal"` (default), `"mixture"`, `"fastfood"`,
-            `"generator"`, or an instance of a `SpectralPrior`. An instance is a
-            recipe; the built copy is `layer.spectral_prior`.
+            `"generator"`, or a `SpectralPrior`, which is a recipe: the built
+            copy is `layer.spectral_prior`.
         feature_map: `"positive"` (default; also `"prf"`), `"trigonometric"`
             (also `"rks"`), or an instance of a `FeatureMap`.
         num_features: D, the width of φ per head. Defaults to `None`, which
-            means one whole block of orthogonal frequencies for each component
-            of the prior: 2 · key_dim · components.
-        qk_norm: `None` (default) scales queries and keys by key_dim^(-1/4)
-            each, as `MultiHeadAttention` does; `"l2"` normalizes them and
-            learns a temperature per head, which bounds the logits.
+            means 2 · key_dim for each component of the prior.
+        qk_norm: `None` (default) scales queries and keys as
+            `MultiHeadAttention` does; `"l2"` normalizes them and learns a
+            temperature per head, which bounds the logits.
         redraw: `"never"` (default): one stored draw of the base noise, a
-            weight. `"step"`: fresh noise at every training step; inference,
-            saving and decoding still use the stored draw.
+            weight. `"step"`: fresh noise at every training step, and the stored
+            draw for all else.
         implementation: `"auto"` (default) is linear, except where a call needs
             the matrix (a dense `attention_mask`, `return_attention_scores`,
-            `sliding_window`) and where forming it is faster: sequences known
-            to have at most 32 tokens. `"linear"` never forms it and refuses
-            such calls. `"quadratic"` always forms it. The estimate is the same.
-
-        decay: `None` (default), `"constant"` or `"gated"`: forgetting with
-            the distance. The weight of key s for query t is multiplied by
-            exp(−Σ λ_u) over the tokens u after s up to t (after t up to s, for
-            keys after the query), with λ ≥ 0 learned per head, or computed
-            from each token of `key` by a gate that starts at such a constant.
-            Heads start with memories of 32 to 4096 tokens. Masked tokens do
-            not count. Attention with trigonometric features has to be causal
-            then, or form the matrix.
-
-        near_field: number of tokens; keys less than that far from the query
-            weigh by the kernel in closed form, those beyond by features, under
-            one normalizer. Needs positive features of a normal or mixture
-            prior. The distance is a number of visible tokens: masked ones take
-            no place. Defaults to `None`: features at any distance.
+            `sliding_window`) and for at most 32 tokens. `"linear"` refuses such
+            calls. `"quadratic"` always forms it. The estimate is the same.
+        decay: `None` (default), `"constant"` or `"gated"`: forgetting with the
+            distance, as in `LinearAttention`, at a learned rate of each head,
+            or of each token of `key`, by a gate that starts at such a constant.
+        near_field: number of visible tokens within which keys weigh by the
+            kernel in closed form. Defaults to `None`: features at any distance.
 
     Call arguments:
         query: `(batch, query_length, features)`.
-        value: `(batch, key_length, features)`.
-        key: `(batch, key_length, features)`. Defaults to `value`.
+        value, key: `(batch, key_length, features)`. `key` defaults to `value`.
         query_mask, value_mask, key_mask: `(batch, length)` boolean. Default to
             the Keras masks of the tensors.
         attention_mask: boolean, broadcast to `(batch, heads, query_length,
@@ -128,8 +108,7 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
     TensorShape([2, 1, 32])
 
     References:
-        Chowdhury et al., "On Learning the Transformer Kernel",
-        arXiv 2110.08323.
+        "On Learning the Transformer Kernel", arXiv 2110.08323.
     """
 
     def __init__(
@@ -173,6 +152,7 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
             dropout=dropout,
             use_bias=use_bias,
             output_shape=output_shape,
+            attention_axes=attention_axes,
             kernel_initializer=kernel_initializer,
             bias_initializer=bias_initializer,
             kernel_regularizer=kernel_regularizer,
@@ -208,14 +188,7 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
         )
         # Under MultiHeadAttention's private name too, which its tests read.
         self._sliding_window = self.sliding_window
-        # As given: what "all axes" and negative ones are, the rank decides.
-        self._given_axes = as_axes(attention_axes)
-        self._attention_axes = self._given_axes
         self._gated_decay = None
-
-    @property
-    def attention_axes(self):
-        return self._attention_axes
 
     def heads_attention(self):
         """The `LinearAttention` between the projections."""
@@ -235,26 +208,14 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
 
     def build(self, query_shape, value_shape, key_shape=None):
         key_shape = value_shape if key_shape is None else key_shape
-        check_shapes(query_shape, value_shape, key_shape)
-        rank = len(query_shape)
-        if len(value_shape) != rank:
-            raise ValueError(
-                "`query` and `value` must have the same rank. Received: "
-                f"query_shape={tuple(query_shape)} and "
-                f"value_shape={tuple(value_shape)}"
-            )
-        self._attention_axes = resolve_axes(self._given_axes, rank)
+        self.build_projections(query_shape, value_shape, key_shape)
         for name in ("decay", "near_field"):
             if getattr(self, name):
                 check_one_axis(name, getattr(self, name), self._attention_axes)
-        self.build_projections(query_shape, value_shape, key_shape)
         self._unprojected = self._unprojected
-        heads = None, None, self.num_heads
-        self._unprojected.build(
-            (*heads, self.key_dim),
-            (*heads, self.key_dim),
-            (*heads, self.value_dim),
-        )
+        sizes = self.key_dim, self.key_dim, self.value_dim
+        heads = (None, None, self.num_heads)
+        self._unprojected.build(*((*heads, size) for size in sizes))
         if self.decay == "gated":
             self._gated_decay = Decay(is_gated=True, name="decay")
             self._gated_decay.build((self.num_heads, key_shape[-1]))
@@ -279,14 +240,13 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
         key_mask = key_mask if key is None else mask_of(key, key_mask)
         key = value if key is None else key
         check_tensors(query, value, key)
-        query_mask = self._check_mask("query_mask", query_mask, query)
-        value_mask = self._check_mask("value_mask", value_mask, value)
-        key_mask = self._check_mask("key_mask", key_mask, key)
+        query_mask = self.check_mask("query_mask", query_mask, query)
+        value_mask = self.check_mask("value_mask", value_mask, value)
+        key_mask = self.check_mask("key_mask", key_mask, key)
         key_mask = both(value_mask, key_mask)
-        if attention_mask is not None and len(query.shape) == 3:
-            shared = shared_mask(attention_mask)
-            if shared is not None:
-                key_mask, attention_mask = both(key_mask, shared), None
+        if len(query.shape) == 3:
+            shared, attention_mask = shared_mask(attention_mask)
+            key_mask = both(key_mask, shared)
         output, scores = self._attend(
             query,
             value,
@@ -304,9 +264,6 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
         if return_attention_scores:
             return output, scores
         return output
-
-    def _check_mask(self, name, mask, x):
-        return position_mask(name, mask, x.shape[:-1], self._attention_axes)
 
     def _attend(self, query, value, key, *, query_mask, key_mask, **kwargs):
         # What is selected has no Keras mask, of whose loss the projections
@@ -346,19 +303,16 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
         """Attention of projected heads; MultiHeadAttention's override point.
 
         Args:
-            query: `(batch, query_length, heads, key_dim)`.
-            key: `(batch, key_length, heads, key_dim)`.
-            value: `(batch, key_length, heads, value_dim)`.
-            attention_mask: dense mask, or `None`.
-            training, return_attention_scores, use_causal_mask: as in `call`.
+            query, key, value: `(batch, length, heads, dim)`; or more axes.
+            attention_mask, training, return_attention_scores, use_causal_mask:
+                as in the call.
             query_mask, key_mask: `(batch, length)` masks that stay vectors.
             decay: `(batch, key_length, heads, 1)` if gated, or `None`.
             same_length: whether queries are known to be as many as keys, which
                 dynamic shapes do not tell.
 
         Returns:
-            `(batch, query_length, heads, value_dim)`, and the weights or
-            `None`.
+            Outputs of heads, and the weights or `None`.
         """
         axes = self._attention_axes
         if len(axes) > 1 and (use_causal_mask or self.sliding_window):
@@ -412,8 +366,7 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
             query: `(batch, new_tokens, features)`, at least one new token.
             state: `AttentionState` from `initial_state` or an earlier `step`;
                 or its arrays, NumPy's too, in a tuple, a list or a dict.
-            value: `(batch, new_tokens, features)`. Defaults to `query`.
-            key: likewise. Defaults to `value`.
+            value, key: likewise. Default to `query`, and to `value`.
             value_mask, key_mask: `(batch, new_tokens)` boolean; masked tokens
                 leave the state as it is, and take no place. Default to the
                 Keras masks of the tensors.
@@ -421,8 +374,7 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
 
         Returns:
             `(batch, new_tokens, output_dim)`, which carries the query's mask,
-            and the new state, whose size does not depend on how many tokens
-            came before.
+            and the new state, of the same size.
         """
         value = query if value is None else value
         key = value if key is None else key
@@ -446,10 +398,10 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
                 f"{tuple(query.shape)}, sliding_window={self.sliding_window}"
             )
         route.check_step(query, key, value)
-        query_mask = self._check_mask("query_mask", query_mask, query)
+        query_mask = self.check_mask("query_mask", query_mask, query)
         key_mask = both(
-            self._check_mask("value_mask", value_mask, value),
-            self._check_mask("key_mask", key_mask, key),
+            self.check_mask("value_mask", value_mask, value),
+            self.check_mask("key_mask", key_mask, key),
         )
         if query_mask is not None:
             query = select_rows(query, query_mask)
@@ -469,42 +421,6 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
         if query_mask is not None:
             output._keras_mask = query_mask
         return output, state
-
-    def compute_output_shape(self, query_shape, value_shape, key_shape=None):
-        key_shape = value_shape if key_shape is None else key_shape
-        check_shapes(query_shape, value_shape, key_shape)
-        return self.output_shape_for(query_shape)
-
-    def compute_output_spec(
-        self,
-        query,
-        value,
-        key=None,
-        query_mask=None,
-        value_mask=None,
-        key_mask=None,
-        attention_mask=None,
-        return_attention_scores=False,
-        training=None,
-        use_causal_mask=False,
-    ):
-        check_tensors(query, value, value if key is None else key)
-        shape = self.compute_output_shape(
-            query.shape, value.shape, None if key is None else key.shape
-        )
-        output = keras.KerasTensor(shape, dtype=self.compute_dtype)
-        if not return_attention_scores:
-            return output
-        rank = len(query.shape)
-        axes = resolve_axes(self._given_axes, rank)
-        free = [axis for axis in range(rank - 1) if axis not in axes]
-        scores = (
-            *(query.shape[axis] for axis in free),
-            self.num_heads,
-            *(query.shape[axis] for axis in axes),
-            *(value.shape[axis] for axis in axes),
-        )
-        return output, keras.KerasTensor(scores, dtype=self.compute_dtype)
 
     def load_own_variables(self, store):
         """Tells weights of MultiHeadAttention, which lack the kernel's."""
@@ -530,6 +446,5 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
         return {
             **super().get_config(),
             **kernel,
-            "attention_axes": self._given_axes,
             "sliding_window": self.sliding_window,
         }

@@ -153,13 +153,18 @@ def select_rows(x, mask):
 
 
 def shared_mask(mask):
-    """The `(batch, key_length)` mask that a dense one is if it is known that
-    all queries and heads share it, or `None`."""
-    mask = tf.convert_to_tensor(mask)
-    shared = list(range(1, len(mask.shape) - 1))
-    if not shared or any(mask.shape[axis] != 1 for axis in shared):
-        return None
-    return tf.cast(tf.squeeze(mask, shared), "bool")
+    """Parts a mask that all queries and heads are known to share from others.
+
+    Returns:
+        A `(batch, key_length)` mask and what remains; one of them is `None`.
+    """
+    if mask is None:
+        return None, None
+    tensor = tf.convert_to_tensor(mask)
+    shared = list(range(1, len(tensor.shape) - 1))
+    if not shared or any(tensor.shape[axis] != 1 for axis in shared):
+        return None, mask
+    return tf.cast(tf.squeeze(tensor, shared), "bool"), None
 
 
 def position_mask(name, mask, positions, axes):
@@ -253,6 +258,17 @@ def resolve_axes(attention_axes, rank):
     return resolved
 
 
+def scores_shape(query_shape, key_shape, axes, num_heads):
+    """Shape of the attention weights, as `MultiHeadAttention` gives them."""
+    free = [a for a in range(len(query_shape) - 1) if a not in axes]
+    return (
+        *(query_shape[axis] for axis in free),
+        num_heads,
+        *(query_shape[axis] for axis in axes),
+        *(key_shape[axis] for axis in axes),
+    )
+
+
 def check_one_axis(name, value, axes):
     """Raises a `ValueError` if positions have no order."""
     if len(axes) > 1:
@@ -265,6 +281,12 @@ def check_one_axis(name, value, axes):
 
 def check_shapes(query_shape, value_shape, key_shape):
     """Raises a `ValueError` unless keys and values stand in pairs."""
+    if len(value_shape) != len(query_shape):
+        raise ValueError(
+            "`query` and `value` must have the same rank. Received: "
+            f"query_shape={tuple(query_shape)} and "
+            f"value_shape={tuple(value_shape)}"
+        )
     if tuple(value_shape[1:-1]) != tuple(key_shape[1:-1]):
         raise ValueError(
             "All dimensions of `value` and `key`, except the last one, must be "
@@ -287,30 +309,30 @@ def check_tensors(query, value, key):
             check_shapes(query.shape, value.shape, key.shape)
 
 
-def check_heads(received):
-    """Raises a `ValueError` unless tensors are heads that belong together.
+def check_heads(shapes, heads, dims):
+    """Raises a `ValueError` unless shapes are heads that belong together.
 
     Args:
-        received: for query, key and value by name, the shape and how many
-            heads of which size there should be.
+        shapes: of query, key and value.
+        heads: how many heads each should have.
+        dims: the size of these.
     """
     fits = all(
-        len(shape) == 4 and tuple(shape[2:]) == (heads, dim)
-        for shape, heads, dim in received.values()
+        len(shape) == 4 and tuple(shape[2:]) == (count, dim)
+        for shape, count, dim in zip(shapes, heads, dims, strict=True)
     )
-    shapes = {name: tuple(x[0]) for name, x in received.items()}
-    if fits:
-        batches = {shape[0] for shape in shapes.values()}
-        lengths = {shapes[name][1] for name in ("key", "value")}
-        fits = len(batches - {None}) < 2 and len(lengths - {None}) < 2
-    if not fits:
-        expected = ", ".join(
-            f"`{name}` (batch, {of}_length, {heads}, {dim})"
-            for (name, (_, heads, dim)), of in zip(
-                received.items(), ("query", "key", "key"), strict=True
-            )
-        )
-        raise ValueError(
-            f"Heads must be {expected}, of one batch size. Received: "
-            + ", ".join(f"{name} of shape {x}" for name, x in shapes.items())
-        )
+    batches, lengths = ({shape[i] for shape in shapes[i:]} for i in (0, 1))
+    if fits and len(batches - {None}) < 2 and len(lengths - {None}) < 2:
+        return
+    names, of = ("query", "key", "value"), ("query", "key", "key")
+    expected = ", ".join(
+        "`{}` (batch, {}_length, {}, {})".format(*parts)
+        for parts in zip(names, of, heads, dims, strict=True)
+    )
+    received = ", ".join(
+        f"{name} of shape {tuple(shape)}"
+        for name, shape in zip(names, shapes, strict=True)
+    )
+    raise ValueError(
+        f"Heads must be {expected}, of one batch size. Received: {received}"
+    )

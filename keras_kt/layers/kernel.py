@@ -1,4 +1,4 @@
-"""The learned kernel of a layer's heads: where prior and feature map meet."""
+"""What keys weigh in attention: where prior and feature map meet."""
 
 import functools
 
@@ -6,23 +6,27 @@ import keras
 import tensorflow as tf
 
 from keras_kt import _checks, features, ops, priors
-from keras_kt.layers.scaling import UnitNorm
+from keras_kt.layers.scaling import Decay, UnitNorm, checked_rates
 
 REDRAWS = ("never", "step")
 QK_NORMS = (None, "l2")
+DECAYS = (None, "constant", "gated")
 _COUNT = functools.partial(_checks.integer, optional=True)
 # Which check the value of an argument has to pass, to leave as plain Python.
 ARGUMENTS = {
     "num_features": _COUNT,
     "qk_norm": functools.partial(_checks.choice, choices=QK_NORMS),
     "redraw": functools.partial(_checks.choice, choices=REDRAWS),
+    "decay": functools.partial(_checks.choice, choices=DECAYS),
     "near_field": _COUNT,
     "seed": functools.partial(_checks.integer, minimum=None, optional=True),
 }
 
 
 class LearnedKernel(keras.layers.Layer):
-    """Base of `LinearAttention`: prior, map, temperature, draw, near field.
+    """Base of `LinearAttention`: what keys weigh, and what that learns.
+
+    Prior, feature map and draw, temperature, near field and decay.
 
     A subclass has `key_dim` and calls `build_kernel` when it is built.
     """
@@ -35,6 +39,7 @@ class LearnedKernel(keras.layers.Layer):
         num_features,
         qk_norm,
         redraw,
+        decay,
         near_field,
         seed,
         **kwargs,
@@ -44,6 +49,7 @@ class LearnedKernel(keras.layers.Layer):
             num_features=num_features,
             qk_norm=qk_norm,
             redraw=redraw,
+            decay=decay,
             near_field=near_field,
             seed=seed,
         )
@@ -53,7 +59,7 @@ class LearnedKernel(keras.layers.Layer):
         self._recipes = _Recipes(
             priors.get(spectral_prior), features.get(feature_map)
         )
-        self.unit_norm = None
+        self.unit_norm = self.decay_rates = None
         self._check_near_field()
 
     @property
@@ -110,7 +116,7 @@ class LearnedKernel(keras.layers.Layer):
             )
 
     def build_kernel(self, num_heads):
-        """Creates prior, map and temperature of so many heads."""
+        """Creates the weights of so many heads."""
         # The draw, the redraws and a caller's dropout need streams of their
         # own.
         draw, redraw = (
@@ -127,6 +133,9 @@ class LearnedKernel(keras.layers.Layer):
         if self.qk_norm:
             self.unit_norm = UnitNorm(name="qk_norm")
             self.unit_norm.build(num_heads)
+        if self.decay == "constant":
+            self.decay_rates = Decay(is_gated=False, name="decay")
+            self.decay_rates.build((num_heads, None))
         if self.redraw == "step":
             self._redraw_seed = keras.random.SeedGenerator(redraw)
 
@@ -200,6 +209,19 @@ class LearnedKernel(keras.layers.Layer):
             )
         return query, key, self._feature_map.bind(frequencies, scale), near
 
+    def rates(self, key, decay):
+        """The decay of each token, the layer's or the caller's; or `None`."""
+        if (decay is not None) != (self.decay == "gated"):
+            raise ValueError(
+                "`decay` of a call, the rate of each token, belongs to "
+                'decay="gated" and is needed there. Received: layer '
+                f"{self.name!r} with decay={self.decay!r}, called "
+                f"{'without' if decay is None else 'with'} rates."
+            )
+        if self.decay == "constant":
+            return self.decay_rates(key[:, :, 0])
+        return None if decay is None else checked_rates(decay, key)
+
     def get_config(self):
         serialize = keras.saving.serialize_keras_object
         return {
@@ -209,6 +231,7 @@ class LearnedKernel(keras.layers.Layer):
             "num_features": self.num_features,
             "qk_norm": self.qk_norm,
             "redraw": self.redraw,
+            "decay": self.decay,
             "near_field": self.near_field,
             "seed": self.seed,
         }

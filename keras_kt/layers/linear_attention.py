@@ -21,10 +21,8 @@ from keras_kt.layers.axes import (
     select_rows,
     shared_mask,
 )
-from keras_kt.layers.scaling import Decay
 from keras_kt.ops import states, window
 
-DECAYS = (None, "constant", "gated")
 _COUNT = functools.partial(_checks.integer, optional=True)
 # As in `kernel`, whose arguments are among them.
 ARGUMENTS = {
@@ -36,7 +34,6 @@ ARGUMENTS = {
     "implementation": functools.partial(
         _checks.choice, choices=route.IMPLEMENTATIONS
     ),
-    "decay": functools.partial(_checks.choice, choices=DECAYS),
 }
 
 
@@ -57,10 +54,9 @@ class LinearAttention(kernel.LearnedKernel):
         num_heads: number of query heads.
         key_dim: size of each head of query and key.
         value_dim: size of each head of value. Defaults to `key_dim`.
-        num_key_value_heads: number of heads of key and value, which divides
-            `num_heads`: query head i uses head i // (num_heads /
-            num_key_value_heads). Prior, features, temperature, decay and state
-            are of these. Defaults to `num_heads`.
+        num_key_value_heads: number of heads of key and value, which have
+            prior, features, temperature, decay and state; as many query heads
+            in a row share each. Defaults to `num_heads`.
         spectral_prior: `"normal"` (default), `"mixture"`, `"fastfood"`,
             `"generator"`, or an instance of a `SpectralPrior`. An instance is a
             recipe; the built copy is `layer.spectral_prior`.
@@ -75,8 +71,8 @@ class LinearAttention(kernel.LearnedKernel):
             weight. `"step"`: fresh noise at every training step.
         implementation: `"auto"` (default) is linear, except where a call needs
             the matrix (a dense `attention_mask`, `return_attention_scores`) and
-            where forming it is faster: at most 32 tokens. `"linear"` refuses
-            what needs it, `"quadratic"` always forms it.
+            where forming it is faster: sequences known to have at most 32
+            tokens. `"linear"` never forms it, `"quadratic"` always.
         decay: `None` (default), `"constant"` or `"gated"`: the weight of key s
             for query t is multiplied by exp(−Σ λ_u) over the tokens u after s
             up to t (after t up to s, for keys after the query). With
@@ -147,6 +143,7 @@ class LinearAttention(kernel.LearnedKernel):
             num_features=num_features,
             qk_norm=qk_norm,
             redraw=redraw,
+            decay=decay,
             near_field=near_field,
             seed=seed,
             **kwargs,
@@ -159,7 +156,6 @@ class LinearAttention(kernel.LearnedKernel):
             value_dim=value_dim,
             num_key_value_heads=num_key_value_heads,
             implementation=implementation,
-            decay=decay,
         )
         for name, value in plain.items():
             setattr(self, name, value)
@@ -168,31 +164,24 @@ class LinearAttention(kernel.LearnedKernel):
         if self.num_heads % self.num_key_value_heads:
             raise ValueError(
                 "`num_heads` must be a multiple of `num_key_value_heads`, so "
-                "that as many query heads share each. Received: num_heads="
-                f"{self.num_heads}, num_key_value_heads="
-                f"{self.num_key_value_heads}"
+                "that as many query heads share each. Received: "
+                f"{num_heads=}, {num_key_value_heads=}"
             )
         self.frequency_count()
-        self.decay_rates = None
         self._warned_of_dense_mask = False
 
     def build(self, query_shape, key_shape, value_shape):
         self._check_heads(query_shape, key_shape, value_shape)
         self.build_kernel(self.num_key_value_heads)
-        if self.decay == "constant":
-            self.decay_rates = Decay(is_gated=False, name="decay")
-            self.decay_rates.build((self.num_key_value_heads, None))
         self.built = True
 
     def _check_heads(self, query, key, value):
         """Raises a `ValueError` unless shapes are those of the heads."""
         few = self.num_key_value_heads
         check_heads(
-            {
-                "query": (query, self.num_heads, self.key_dim),
-                "key": (key, few, self.key_dim),
-                "value": (value, few, self.value_dim),
-            }
+            (query, key, value),
+            (self.num_heads, few, few),
+            (self.key_dim, self.key_dim, self.value_dim),
         )
 
     def call(
@@ -213,10 +202,10 @@ class LinearAttention(kernel.LearnedKernel):
         self._check_heads(query.shape, key.shape, value.shape)
         if attention_mask is not None:
             folding = Folding(query, key, (1,))
-            attention_mask = folding.fold_dense_mask(attention_mask)
-            shared = shared_mask(attention_mask)
-            if shared is not None:
-                key_mask, attention_mask = both(key_mask, shared), None
+            shared, attention_mask = shared_mask(
+                folding.fold_dense_mask(attention_mask)
+            )
+            key_mask = both(key_mask, shared)
         query_mask, query = select_heads("query_mask", query_mask, query)
         key_mask, key, value = select_heads("key_mask", key_mask, key, value)
         output, scores = self.attend(
@@ -253,84 +242,49 @@ class LinearAttention(kernel.LearnedKernel):
         training=None,
         same_length=False,
     ):
-        """What a call does, in float32 and without Keras's masks.
-
-        For layers around this one.
+        """What a call does, without Keras's masks; for layers around this one.
 
         Args:
-            query, key, value, decay, use_causal_mask, training: as in the call;
-                finite where masked.
+            query, key, value: as in the call; finite where masked.
             query_mask, key_mask: `(batch, length)` boolean, or `None`.
             attention_mask: boolean of rank 4, or `None`.
-            return_attention_scores: whether the weights are needed.
             same_length: whether queries are known to be as many as keys, which
                 dynamic shapes do not tell.
 
         Returns:
-            `(batch, query_length, num_heads, value_dim)`, and the weights or
-            `None`.
+            Float32 outputs, and the attention weights or `None`.
         """
-        decay = self._decay_of(key, decay)
-        needs_matrix = self._needs_matrix(
-            attention_mask is not None, return_attention_scores
+        forms_matrix = self._forms_matrix(
+            query, key, attention_mask is not None, return_attention_scores
         )
+        decay = self.rates(key, decay)
         query, key, feature_map, near = self.kernel_inputs(query, key, training)
-        value = tf.cast(value, tf.float32)
-        tokens = query, key, value, feature_map
-        options = {
-            "causal": use_causal_mask,
-            "key_mask": key_mask,
-            "decay": decay,
-            "near": near,
-        }
-        scores = None
-        if needs_matrix or (
-            self.implementation == "auto" and route.is_short(query, key)
-        ):
-            output, scores = ops.attend_with_matrix(
-                *tokens, attention_mask=attention_mask, **options
-            )
-        else:
-            output = route.attend_linearly(
-                *tokens, same_length=same_length, **options
-            )
-        if query_mask is not None:
-            output = select_rows(output, query_mask[:, :, tf.newaxis])
-            if scores is not None:
-                scores = select_rows(scores, query_mask[:, tf.newaxis])
-        return output, scores
+        return route.attend(
+            query,
+            key,
+            tf.cast(value, tf.float32),
+            feature_map,
+            forms_matrix=forms_matrix,
+            query_mask=query_mask,
+            attention_mask=attention_mask,
+            same_length=same_length,
+            causal=use_causal_mask,
+            key_mask=key_mask,
+            decay=decay,
+            near=near,
+        )
 
-    def _needs_matrix(self, has_mask, needs_scores):
+    def _forms_matrix(self, query, key, has_mask, needs_scores):
+        if self.implementation == "quadratic":
+            return True
         needs_matrix = route.needs_matrix(
             self.implementation, has_mask, needs_scores
         )
-        is_silent = needs_scores or self.implementation == "quadratic"
-        if needs_matrix and not is_silent and not self._warned_of_dense_mask:
+        if has_mask and not needs_scores and not self._warned_of_dense_mask:
             self._warned_of_dense_mask = True
             warnings.warn(route.DENSE_MASK_WARNING, stacklevel=2)
-        return needs_matrix
-
-    def _decay_of(self, key, decay):
-        """λ of each token, the layer's own or the caller's; or `None`."""
-        if (decay is not None) != (self.decay == "gated"):
-            raise ValueError(
-                "`decay` of a call, the rate of each token, belongs to "
-                'decay="gated" and is needed there. Received: layer '
-                f"{self.name!r} with decay={self.decay!r}, called "
-                f"{'without' if decay is None else 'with'} rates."
-            )
-        if self.decay == "constant":
-            return self.decay_rates(key[:, :, 0])
-        if decay is None:
-            return None
-        decay = tf.cast(decay, tf.float32)
-        expected = (*key.shape[:3], 1)
-        if not decay.shape.is_compatible_with(expected):
-            raise ValueError(
-                "`decay` must be (batch, key_length, num_key_value_heads, 1), "
-                f"{expected} for this key. Received: {tuple(decay.shape)}"
-            )
-        return decay
+        is_auto = self.implementation == "auto"
+        return needs_matrix or (is_auto and route.is_short(query, key))
 
     def initial_state(self, batch_size):
         """The state of a causal stream that has seen nothing.
@@ -356,9 +310,8 @@ class LinearAttention(kernel.LearnedKernel):
         return states.state_shapes(*self._state_sizes())
 
     def _state_sizes(self):
-        sizes = self.num_key_value_heads, self.feature_dim, self.value_dim
-        more = (self.key_dim, self.near_field) if self.near_field else ()
-        return *sizes, *more
+        near = (self.key_dim, self.near_field) if self.near_field else ()
+        return self.num_key_value_heads, self.feature_dim, self.value_dim, *near
 
     def step(
         self,
@@ -403,7 +356,7 @@ class LinearAttention(kernel.LearnedKernel):
         state = route.restore(state, self.state_shapes, query)
         query_mask, query = select_heads("query_mask", query_mask, query)
         key_mask, key, value = select_heads("key_mask", key_mask, key, value)
-        decay = self._decay_of(key, decay)
+        decay = self.rates(key, decay)
         query, key, feature_map, near = self.kernel_inputs(query, key)
         output, state = ops.attend(
             query,
@@ -444,5 +397,4 @@ class LinearAttention(kernel.LearnedKernel):
             "value_dim": self.value_dim,
             "num_key_value_heads": self.num_key_value_heads,
             "implementation": self.implementation,
-            "decay": self.decay,
         }

@@ -1,4 +1,4 @@
-"""The projections of an attention layer, as `MultiHeadAttention` has them."""
+"""Projections and axes of an attention layer, as `MultiHeadAttention`'s."""
 
 import functools
 import string
@@ -7,6 +7,14 @@ import keras
 import numpy as np
 
 from keras_kt import _checks
+from keras_kt.layers.axes import (
+    as_axes,
+    check_shapes,
+    check_tensors,
+    position_mask,
+    resolve_axes,
+    scores_shape,
+)
 
 # Which check the value of an argument has to pass, to leave as plain Python.
 ARGUMENTS = {
@@ -29,6 +37,7 @@ class ProjectedAttention(keras.layers.Layer):
         dropout,
         use_bias,
         output_shape,
+        attention_axes,
         kernel_initializer,
         bias_initializer,
         kernel_regularizer,
@@ -47,6 +56,9 @@ class ProjectedAttention(keras.layers.Layer):
             setattr(self, name, value)
         # Not a public attribute: Functional models have one of that name.
         self._output_shape = _as_shape(output_shape)
+        # As given: what "all axes" and negative ones are, the rank decides.
+        self._given_axes = as_axes(attention_axes)
+        self._attention_axes = self._given_axes
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
@@ -56,6 +68,10 @@ class ProjectedAttention(keras.layers.Layer):
         )
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
+
+    @property
+    def attention_axes(self):
+        return self._attention_axes
 
     @property
     def query_dense(self):
@@ -75,6 +91,9 @@ class ProjectedAttention(keras.layers.Layer):
 
     def build_projections(self, query_shape, value_shape, key_shape):
         """Creates them, in `MultiHeadAttention`'s order."""
+        check_shapes(query_shape, value_shape, key_shape)
+        rank = len(query_shape)
+        self._attention_axes = resolve_axes(self._given_axes, rank)
         heads_in = (self.num_heads, self.key_dim)
         heads_out = (self.num_heads, self.value_dim)
         self._query_dense = self._project("query", query_shape, heads_in)
@@ -127,11 +146,40 @@ class ProjectedAttention(keras.layers.Layer):
             heads = heads * self._gate_dense(query)
         return self._output_dense(heads)
 
-    def output_shape_for(self, query_shape):
-        """Shape of the outputs for queries of a shape."""
+    def check_mask(self, name, mask, x):
+        """A mask that broadcasts to the positions of x, or `None`."""
+        return position_mask(name, mask, x.shape[:-1], self._attention_axes)
+
+    def compute_output_shape(self, query_shape, value_shape, key_shape=None):
+        key_shape = value_shape if key_shape is None else key_shape
+        check_shapes(query_shape, value_shape, key_shape)
         if self._output_shape:
             return (*query_shape[:-1], *self._output_shape)
         return tuple(query_shape)
+
+    def compute_output_spec(
+        self,
+        query,
+        value,
+        key=None,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        return_attention_scores=False,
+        training=None,
+        use_causal_mask=False,
+    ):
+        check_tensors(query, value, value if key is None else key)
+        shape = self.compute_output_shape(
+            query.shape, value.shape, None if key is None else key.shape
+        )
+        output = keras.KerasTensor(shape, dtype=self.compute_dtype)
+        if not return_attention_scores:
+            return output
+        axes = resolve_axes(self._given_axes, len(query.shape))
+        scores = scores_shape(query.shape, value.shape, axes, self.num_heads)
+        return output, keras.KerasTensor(scores, dtype=self.compute_dtype)
 
     def get_config(self):
         serialize = keras.saving.serialize_keras_object
@@ -140,6 +188,7 @@ class ProjectedAttention(keras.layers.Layer):
             "dropout": self.dropout,
             "use_bias": self.use_bias,
             "output_shape": self._output_shape,
+            "attention_axes": self._given_axes,
             "kernel_initializer": serialize(self.kernel_initializer),
             "bias_initializer": serialize(self.bias_initializer),
             "kernel_regularizer": serialize(self.kernel_regularizer),

@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 from keras_kt import ops
-from keras_kt.layers.axes import match_length
+from keras_kt.layers.axes import match_length, select_rows
 from keras_kt.ops import states
 
 IMPLEMENTATIONS = ("auto", "linear", "quadratic")
@@ -24,8 +24,6 @@ DENSE_MASK_WARNING = (
 
 def needs_matrix(implementation, has_dense_mask, needs_scores):
     """Whether a call needs the matrix, or what is wrong with that."""
-    if implementation == "quadratic":
-        return True
     reasons = []
     if has_dense_mask:
         reasons.append(_DENSE_MASK)
@@ -46,16 +44,47 @@ def is_short(query, key):
     return None not in lengths and max(lengths) <= SHORT_LENGTH
 
 
-def attend_linearly(
-    query, key, value, feature_map, *, same_length, causal, near, **options
+def attend(
+    query,
+    key,
+    value,
+    feature_map,
+    *,
+    forms_matrix,
+    query_mask,
+    attention_mask,
+    same_length,
+    **options,
 ):
-    """`ops.attend` of queries and keys of any lengths.
+    """`ops.attend` of queries and keys of any lengths, by the matrix or not.
 
     Args:
-        query, key, value, feature_map, causal, near, options: as there.
+        query, key, value, feature_map, attention_mask, options: as there.
+        forms_matrix: whether to form it.
+        query_mask: `(batch, query_length)` boolean, or `None`.
         same_length: whether lengths are known to be equal, which dynamic shapes
             do not tell.
+
+    Returns:
+        Outputs, and the attention weights or `None`.
     """
+    tokens, weights = (query, key, value, feature_map), None
+    if forms_matrix:
+        output, weights = ops.attend_with_matrix(
+            *tokens, attention_mask=attention_mask, **options
+        )
+    else:
+        output = _attend_linearly(*tokens, same_length=same_length, **options)
+    if query_mask is not None:
+        output = select_rows(output, query_mask[:, :, tf.newaxis])
+        if weights is not None:
+            weights = select_rows(weights, query_mask[:, tf.newaxis])
+    return output, weights
+
+
+def _attend_linearly(
+    query, key, value, feature_map, *, same_length, causal, near, **options
+):
     by_distance = options["decay"] is not None or near is not None
     if by_distance and not causal and not feature_map.positive:
         raise ValueError(

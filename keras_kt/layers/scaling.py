@@ -70,3 +70,15 @@ class Decay(keras.layers.Layer):
         if self.is_gated:
             raw += tf.tensordot(x, tf.convert_to_tensor(self.gate), 1)
         return tf.nn.softplus(raw)[..., tf.newaxis]
+
+
+def checked_rates(decay, key):
+    """The rate of each token and head, float32, or what is wrong with it."""
+    decay = tf.cast(decay, tf.float32)
+    expected = (*key.shape[:3], 1)
+    if not decay.shape.is_compatible_with(expected):
+        raise ValueError(
+            "`decay` must be (batch, key_length, num_key_value_heads, 1), "
+            f"{expected} for this key. Received: {tuple(decay.shape)}"
+        )
+    return decay

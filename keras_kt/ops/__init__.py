@@ -138,7 +138,10 @@ def attend_with_matrix(
         repeats, query, key, value, key_mask, decay
     )
     if repeats > 1 and attention_mask is not None:
-        attention_mask = _grouped_mask(repeats, attention_mask, key.shape[2])
+        batch = tf.shape(query)[0] // repeats
+        attention_mask = _grouped_mask(
+            repeats, attention_mask, batch, key.shape[2]
+        )
     kernel, size = near or (None, 0)
     output, weights = quadratic.quadratic(
         query,
@@ -188,11 +191,14 @@ def _ungrouped(repeats, x):
     return tf.reshape(x, (-1, shape[1], x.shape[2] * repeats, shape[3]))
 
 
-def _grouped_mask(repeats, mask, heads):
-    mask = tf.cast(mask, "bool")
+def _grouped_mask(repeats, mask, batch, heads):
+    shape = tf.shape(mask)
+    # One mask may serve the whole batch.
+    mask = tf.broadcast_to(
+        tf.cast(mask, "bool"), (batch, mask.shape[1], shape[2], shape[3])
+    )
     if mask.shape[1] == 1:
         return tf.repeat(mask, repeats, axis=0)
-    shape = tf.shape(mask)
-    mask = tf.reshape(mask, (shape[0], heads, repeats, shape[2], shape[3]))
+    mask = tf.reshape(mask, (batch, heads, repeats, shape[2], shape[3]))
     mask = tf.transpose(mask, (0, 2, 1, 3, 4))
     return tf.reshape(mask, (-1, heads, shape[2], shape[3]))

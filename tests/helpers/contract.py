@@ -14,6 +14,7 @@ def layer_contract(
     exact_jit=1e-5,
     half=0.1,
     jit_fit=False,
+    known=1,
 ):
     """Checks a layer as Keras users use layers.
 
@@ -25,6 +26,7 @@ def layer_contract(
         exact_jit: tolerance between XLA, graphs and eager.
         half: tolerance between half precision and float32.
         jit_fit: whether to compile the training step with XLA too.
+        known: how many of the last axes a model's inputs have to know.
     """
     call = call or {}
     rng = np.random.default_rng(0)
@@ -37,7 +39,9 @@ def layer_contract(
 
     # Symbolic with dynamic batch and length, then eager.
     inputs = [
-        keras.Input((*[None] * (len(s) - 2), s[-1]), dtype="float32")
+        keras.Input(
+            (*[None] * (len(s) - 1 - known), *s[-known:]), dtype="float32"
+        )
         for s in shapes
     ]
     model = keras.Model(inputs, layer(*inputs, **call))
