@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "systems": {"_checks", "features", "priors"},
     "streaming": set(),
     "generation": {"_checks", "streaming"},
-    "serving": {"ops", "streaming"},
+    "serving": {"_checks", "ops", "streaming"},
     "conversion": {
         "_checks",
         "features",

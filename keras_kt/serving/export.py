@@ -12,6 +12,7 @@ import warnings
 import keras
 import tensorflow as tf
 
+from keras_kt import _checks
 from keras_kt import streaming as protocol
 from keras_kt.serving.signatures import named_specs, signature_of
 from keras_kt.serving.steps import streaming_endpoints
@@ -192,11 +193,7 @@ def _version(path, version, overwrite):
         names = tf.io.gfile.listdir(path) if tf.io.gfile.isdir(path) else []
         names = [name.rstrip("/") for name in names]
         return 1 + max([0, *(int(name) for name in names if name.isdigit())])
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(
-            "`version` must be `None` or a positive integer. Received: "
-            f"version={version!r}"
-        )
+    version = _checks.integer("version", version)
     if tf.io.gfile.exists(os.path.join(path, str(version))) and not overwrite:
         raise ValueError(
             f"`version` must be free. Received: version={version}, which "
