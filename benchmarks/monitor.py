@@ -20,7 +20,7 @@ import numpy as np
 import keras_kt
 
 
-class Timed(keras_kt.SpectralMonitor):
+class Timed(keras_kt.diagnostics.SpectralMonitor):
     """The monitor, with a clock."""
 
     def __init__(self, *args, **kwargs):

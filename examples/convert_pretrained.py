@@ -234,7 +234,7 @@ def stages(name, train, test, args):
             test[1],
         )
         if is_linear:
-            errors = keras_kt.attention_error(
+            errors = keras_kt.conversion.attention_error(
                 model, test[0][:8], teacher=teacher
             )
             row["error by layer"] = list(errors.layers.values())
@@ -263,7 +263,7 @@ def stages(name, train, test, args):
     print(conversion)
 
     start = time.perf_counter()
-    calibration = keras_kt.calibrate(
+    calibration = keras_kt.conversion.calibrate(
         student, train[0][:CALIBRATING], budget=args.features
     )
     report("calibrated", student, time.perf_counter() - start)
@@ -273,7 +273,7 @@ def stages(name, train, test, args):
     start = time.perf_counter()
     rng = np.random.default_rng(args.seed)
     chosen = rng.permutation(len(train[0]))[: 8 * args.distill_steps]
-    keras_kt.distill(
+    keras_kt.conversion.distill(
         student,
         teacher,
         tf.data.Dataset.from_tensor_slices(train[0][chosen]).batch(8),
@@ -310,10 +310,14 @@ def draw(name, model, calibration, inputs, args):
         )[HEADS // 2].head
         for path in calibration.after.layers
     }
-    figures = {"errors": keras_kt.plots.plot_errors(calibration.after)}
+    figures = {
+        "errors": keras_kt.diagnostics.plots.plot_errors(calibration.after)
+    }
     for number, each in enumerate(maps):
-        figures[f"attention_{number}"] = keras_kt.plots.plot_attention(
-            each, head=typical[each.path]
+        figures[f"attention_{number}"] = (
+            keras_kt.diagnostics.plots.plot_attention(
+                each, head=typical[each.path]
+            )
         )
     for kind, figure in figures.items():
         figure.savefig(args.output / f"convert_{name}_{kind}.png", dpi=110)

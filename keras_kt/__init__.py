@@ -9,23 +9,8 @@ if keras.backend.backend() != "tensorflow":
         "KERAS_BACKEND=tensorflow before Keras is imported."
     )
 
-from keras_kt import diagnostics, kernels
-from keras_kt.conversion.calibrate import CalibrationReport, calibrate
-from keras_kt.conversion.convert import (
-    ConversionReport,
-    ConvertedLayer,
-    convert_attention,
-)
-from keras_kt.conversion.distill import distill
-from keras_kt.conversion.errors import (
-    AttentionErrors,
-    HeadError,
-    attention_error,
-    closed_form_attention,
-)
-from keras_kt.conversion.keras_hub import CachedKernelizedAttention
-from keras_kt.diagnostics import plots
-from keras_kt.diagnostics.monitor import SpectralMonitor
+from keras_kt import conversion, diagnostics, kernels
+from keras_kt.conversion.convert import convert_attention
 from keras_kt.features import (
     FeatureMap,
     PositiveFeatures,
@@ -57,19 +42,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PAPER_SYSTEMS",
-    "AttentionErrors",
     "AttentionState",
     "DecoderState",
-    "CalibrationReport",
-    "CachedKernelizedAttention",
-    "ConversionReport",
-    "ConvertedLayer",
     "DistributionPrior",
     "FastFoodPrior",
     "FeatureMap",
     "Frequencies",
     "GeneratorPrior",
-    "HeadError",
     "KernelizedAttention",
     "KernelizedTransformerDecoder",
     "KernelizedTransformerEncoder",
@@ -78,18 +57,13 @@ __all__ = [
     "NearFieldState",
     "NormalPrior",
     "PositiveFeatures",
-    "SpectralMonitor",
     "SpectralPrior",
     "TrigonometricFeatures",
-    "attention_error",
-    "calibrate",
-    "closed_form_attention",
+    "conversion",
     "convert_attention",
     "diagnostics",
-    "distill",
     "export_saved_model",
     "generate",
     "kernels",
     "paper_system",
-    "plots",
 ]

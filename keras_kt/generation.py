@@ -10,7 +10,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_kt import _checks
+from keras_kt import _checks, streaming
 
 # Compiled loops of each model, by their options.
 _LOOPS = weakref.WeakKeyDictionary()
@@ -175,17 +175,13 @@ def _traced(model_of, options):
 
 
 def _check_model(model):
-    missing = [
-        name
-        for name in ("initial_state", "step")
-        if not callable(getattr(model, name, None))
-    ]
+    missing = streaming.missing_methods(model)
     if missing:
         raise ValueError(
             "`model` must be causal, with the methods `initial_state("
             "batch_size)` and `step(tokens, state)`. Received: a "
             f"{type(model).__name__} without "
-            f"{' and '.join(f'`{name}`' for name in missing)}. They call those "
+            f"{missing}. They call those "
             "of its KernelizedAttention or KernelizedTransformerDecoder layers."
         )
 

@@ -10,8 +10,6 @@ import math
 
 import numpy as np
 
-from keras_kt import features, priors
-
 # Prefactors whose quadratic part is −½xᵀΣx; the others have −xᵀΣx.
 _HALF = ("softmax", "tilted")
 
@@ -96,24 +94,31 @@ def closed_form(prior, feature_map, x, y):
     (2.7183, 2.7183)
     """
     x, y = (_each_head(points, prior.num_heads) for points in (x, y))
-    if isinstance(prior, priors.FastFoodPrior):
-        rows = prior.distribution().samples.numpy()
-        return from_frequencies(rows, feature_map, x, y)
-    if isinstance(prior, priors.DistributionPrior):
-        law = _from_tfp(prior.distribution())
-    elif isinstance(prior, priors.GaussianPrior):
-        law = _gaussian(prior)
-    else:
-        raise ValueError(
-            f"{type(prior).__name__} has no closed-form kernel. Use "
-            "`from_frequencies` with samples of `prior.distribution()`."
-        )
-    if isinstance(feature_map, features.TrigonometricFeatures):
-        delta = x[:, :, None] - y[:, None]
-        smoothing = np.asarray(feature_map.smoothing_weights, "float64")
-        return law.characteristic(delta) + smoothing
-    total = x[:, :, None] + y[:, None]
-    return law.positive(x, y, total, feature_map.prefactor)
+    return _kernel(_law_of(prior), feature_map, x, y)
+
+
+def characteristic_function(prior, z):
+    """E cos ω·z under the prior: its kernel by the difference of two points.
+
+    Args:
+        prior: as in `closed_form`.
+        z: `(heads, n, head_dim)`, or `(n, head_dim)` for all heads alike.
+
+    Returns:
+        `(heads, n)` float64.
+
+    Examples:
+
+    >>> layer = keras_kt.KernelizedAttention(
+    ...     1, 4, spectral_prior=keras_kt.NormalPrior(radius="chi"))
+    >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
+    >>> values = keras_kt.kernels.characteristic_function(
+    ...     layer.spectral_prior, 0.5 * np.ones((1, 4)))
+    >>> float(values[0, 0].round(4)), round(float(np.exp(-0.5)), 4)
+    (0.6065, 0.6065)
+    """
+    z = _each_head(z, prior.num_heads)
+    return _law_of(prior).characteristic(z[:, :, None])[..., 0]
 
 
 def from_frequencies(frequencies, feature_map, x, y):
@@ -138,23 +143,41 @@ def from_frequencies(frequencies, feature_map, x, y):
     """
     omega = np.asarray(frequencies, "float64")
     x, y = (_each_head(points, len(omega)) for points in (x, y))
-    if isinstance(feature_map, features.TrigonometricFeatures):
-        delta = x[:, :, None] - y[:, None]
-        angles = np.einsum("hnmd,hfd->hnmf", delta, omega)
+    return _kernel(_Empirical(omega), feature_map, x, y)
+
+
+def _kernel(law, feature_map, x, y):
+    """E[φ_ω(x)·φ_ω(y)] under a law, `(heads, n, m)`."""
+    if feature_map.is_shift_invariant:
         smoothing = np.asarray(feature_map.smoothing_weights, "float64")
-        return np.cos(angles).mean(axis=-1) + smoothing
-    total = x[:, :, None] + y[:, None]
-    exponents = np.einsum("hnmd,hfd->hnmf", total, omega)
-    terms = np.cosh if feature_map.two_sided else np.exp
-    second = np.square(omega).mean(axis=1)
-    if feature_map.prefactor == "isotropic":
-        second = np.ones_like(second)
-    share = 0.5 if feature_map.prefactor in _HALF else 1.0
-    h_x = -share * np.einsum("hnd,hd->hn", x**2, second)
-    h_y = -share * np.einsum("hnd,hd->hn", y**2, second)
-    return terms(exponents).mean(axis=-1) * np.exp(
-        h_x[..., :, None] + h_y[..., None, :]
-    )
+        delta = x[:, :, None] - y[:, None]
+        return law.characteristic(delta) + smoothing
+    return law.positive(x, y, x[:, :, None] + y[:, None], feature_map)
+
+
+class _Empirical:
+    """The uniform law over some frequencies."""
+
+    def __init__(self, frequencies):
+        self.frequencies = frequencies  # (heads, frequencies, d)
+
+    def characteristic(self, delta):
+        return np.cos(self._products(delta)).mean(axis=-1)
+
+    def positive(self, x, y, total, feature_map):
+        terms = np.cosh if feature_map.two_sided else np.exp
+        second = np.square(self.frequencies).mean(axis=1)
+        if feature_map.prefactor == "isotropic":
+            second = np.ones_like(second)
+        share = 0.5 if feature_map.prefactor in _HALF else 1.0
+        h_x = -share * np.einsum("hnd,hd->hn", x**2, second)
+        h_y = -share * np.einsum("hnd,hd->hn", y**2, second)
+        return terms(self._products(total)).mean(axis=-1) * np.exp(
+            h_x[..., :, None] + h_y[..., None, :]
+        )
+
+    def _products(self, points):
+        return np.einsum("hnmd,hfd->hnmf", points, self.frequencies)
 
 
 class _Gaussian:
@@ -174,7 +197,8 @@ class _Gaussian:
             "hc,hcnm->hnm", self.probabilities, np.cos(phases) * radial
         )
 
-    def positive(self, x, y, total, prefactor):
+    def positive(self, x, y, total, feature_map):
+        prefactor = feature_map.prefactor
         terms = self._radial(self._squares(total))
         if prefactor != "softmax":
             terms *= np.exp(np.einsum("hnmd,hcd->hcnm", total, self.means))
@@ -211,7 +235,8 @@ class _Independent:
         phases = np.einsum("hnmd,hd->hnm", delta, self.location)
         return np.cos(phases) * np.prod(self._characteristic(delta), axis=-1)
 
-    def positive(self, x, y, total, prefactor):
+    def positive(self, x, y, total, feature_map):
+        prefactor = feature_map.prefactor
         if self._moment is None:
             raise ValueError("This law has no moment generating function.")
         terms = np.prod(self._moment(total), axis=-1)
@@ -254,6 +279,18 @@ def _each_head(points, heads):
     if points.ndim == 2:
         points = np.broadcast_to(points, (heads, *points.shape))
     return points
+
+
+def _law_of(prior):
+    """The law of a prior, from its parameters or its distribution."""
+    if prior.is_gaussian:
+        return _gaussian(prior)
+    if prior.has_known_law:
+        return _from_tfp(prior.distribution())
+    raise ValueError(
+        f"{type(prior).__name__} has no closed-form kernel. Use "
+        "`from_frequencies` with samples of `prior.distribution()`."
+    )
 
 
 def _gaussian(prior):
@@ -301,6 +338,8 @@ def _from_tfp(law):
                 lambda z: np.sinh(a * z) / (a * z),
                 (high - low) ** 2 / 12.0,
             )
+    if isinstance(law, tfd.Empirical):
+        return _Empirical(np.asarray(law.samples, "float64"))
     if isinstance(law, tfd.MultivariateNormalLinearOperator):
         factors = np.linalg.cholesky(law.covariance().numpy())[:, None]
         ones = np.ones((len(factors), 1))

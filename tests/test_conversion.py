@@ -7,8 +7,8 @@ import tensorflow as tf
 
 import keras_kt
 from keras_kt import kernels
-from keras_kt.conversion import calibrate as calibration
-from keras_kt.conversion import errors as attention_errors
+from keras_kt.conversion import balance, change, descent
+from keras_kt.conversion.capture import capture
 from tests.helpers import cases, reference
 
 WIDTH, HEADS, KEY_DIM, LENGTH = 6, 3, 5, 11
@@ -177,7 +177,7 @@ def test_closed_form_of_a_converted_model_is_the_original(make, inputs, count):
     converted, report = keras_kt.convert_attention(model, **UNBIASED)
     assert type(converted) is type(model)
     assert len(report.converted) == count and not report.kept
-    with keras_kt.closed_form_attention(converted):
+    with keras_kt.conversion.closed_form_attention(converted):
         np.testing.assert_allclose(converted(x), expected, atol=1e-5)
     estimate = converted(x)
     assert 1e-4 < np.abs(estimate - expected).max() < 3.0
@@ -197,7 +197,7 @@ def test_padded_keys_stay_masked():
         x = keras.layers.Add()([x, y])
     model, inputs = perturbed(keras.Model(ids, x)), tokens(end=8)
     converted, _ = keras_kt.convert_attention(model, **UNBIASED)
-    with keras_kt.closed_form_attention(converted):
+    with keras_kt.conversion.closed_form_attention(converted):
         output = converted(inputs)
     real = inputs != 0
     np.testing.assert_allclose(
@@ -237,7 +237,7 @@ def test_other_state_and_trainability_are_copied():
     model.get_layer("batch").trainable = False
     model.get_layer("attention").query_dense.trainable = False
     converted, _ = keras_kt.convert_attention(model, **UNBIASED)
-    with keras_kt.closed_form_attention(converted):
+    with keras_kt.conversion.closed_form_attention(converted):
         np.testing.assert_allclose(
             converted(floats()), model(floats()), atol=1e-5
         )
@@ -303,7 +303,7 @@ def test_what_linear_attention_cannot_honour_is_a_choice(kwargs, mask, reason):
     if mask:
         arrays.append(np.random.default_rng(1).random((2, 11, 11)) < 0.5)
         arrays[1] |= np.eye(LENGTH, dtype=bool)
-    with keras_kt.closed_form_attention(converted):
+    with keras_kt.conversion.closed_form_attention(converted):
         if not kwargs.get("sliding_window"):
             np.testing.assert_allclose(
                 converted(arrays), model(arrays), atol=1e-5
@@ -326,10 +326,13 @@ def test_attention_of_another_kind_is_kept_with_the_reason():
     assert "is not a MultiHeadAttention" in report.kept["grouped"]
     with pytest.raises(ValueError, match="No attention layer of the model can"):
         keras_kt.convert_attention(model, layers=["rotated", "grouped"])
-    _, report = keras_kt.convert_attention(
-        keras.Model(converted.inputs, attention("new")(*converted.outputs * 2))
-    )
+    y = attention("new")(*converted.outputs * 2)
+    heads = keras.layers.Reshape((-1, 1, WIDTH))(y)
+    core = keras_kt.LinearAttention(1, WIDTH, name="core")
+    y = core(heads, heads, heads)
+    _, report = keras_kt.convert_attention(keras.Model(converted.inputs, y))
     assert report.kept["plain"] == "is linear already"
+    assert report.kept["core"] == "is linear already"
 
 
 def test_bad_models_are_refused():
@@ -400,11 +403,11 @@ def test_tilted_prefactor_weighs_keys_by_the_mean():
 def test_calibration_leaves_softmax_as_it_was(use_bias):
     model = one_layer(use_bias=use_bias)
     converted, _ = keras_kt.convert_attention(model, **UNBIASED)
-    report = keras_kt.calibrate(converted, floats(61))
+    report = keras_kt.conversion.calibrate(converted, floats(61))
     layer, x = converted.get_layer("attention"), floats(seed=1)
     expected = softmax_scores(model.get_layer("attention"), x)
     np.testing.assert_allclose(softmax_scores(layer, x), expected, atol=1e-6)
-    with keras_kt.closed_form_attention(converted):
+    with keras_kt.conversion.closed_form_attention(converted):
         np.testing.assert_allclose(converted(x), model(x), atol=1e-5)
     assert bool(report.notes) is not use_bias
     tilt = np.abs(layer.spectral_prior.mean.numpy()).max()
@@ -414,8 +417,8 @@ def test_calibration_leaves_softmax_as_it_was(use_bias):
 def test_least_variance_balances_and_decorrelates():
     converted, _ = keras_kt.convert_attention(one_layer())
     layer, x = converted.get_layer("attention"), floats(61)
-    (item,) = attention_errors.capture(converted, x, 1)
-    calibration._fold(item, calibration._least_variance(item, None))
+    (item,) = capture(converted, x, 1)
+    change.fold(item, balance.least_variance(item, None))
     q, k = (
         np.reshape(dense(x), (-1, HEADS, KEY_DIM))
         for dense in (layer.query_dense, layer.key_dense)
@@ -437,7 +440,9 @@ def test_calibration_makes_no_head_worse(scale):
     errors = []
     for steps in (0, 100):
         converted, _ = keras_kt.convert_attention(model, num_features=20)
-        report = keras_kt.calibrate(converted, floats(61), steps=steps)
+        report = keras_kt.conversion.calibrate(
+            converted, floats(61), steps=steps
+        )
         for before, after in zip(
             report.before.heads, report.after.heads, strict=True
         ):
@@ -445,24 +450,24 @@ def test_calibration_makes_no_head_worse(scale):
                 head.matrix**2 + head.output**2 for head in (before, after)
             )
             assert now <= was * (1 + 1e-5)
-        errors.append(keras_kt.attention_error(converted, x))
+        errors.append(keras_kt.conversion.attention_error(converted, x))
     with_none, with_descent = (e.layers["attention"] for e in errors)
     assert with_descent < with_none if scale < 1 else with_descent <= with_none
 
 
 def test_coordinates_that_are_not_finite_lose():
     converted, _ = keras_kt.convert_attention(one_layer())
-    (item,) = attention_errors.capture(converted, floats(), 1)
-    start = calibration._unchanged(item.layer)
+    (item,) = capture(converted, floats(), 1)
+    start = change.unchanged(item.layer)
     broken = start._replace(shift_q=start.shift_q + np.nan)
-    best = calibration._best_of(item, [broken, start])
+    best = change.best_of(item, [broken, start])
     np.testing.assert_array_equal(best.shift_q, start.shift_q)
 
 
 def test_a_descent_that_diverges_is_left(monkeypatch):
     converted, _ = keras_kt.convert_attention(one_layer())
-    monkeypatch.setattr(calibration, "_REFINING_RATE", 1e30)
-    report = keras_kt.calibrate(converted, floats(31))
+    monkeypatch.setattr(descent, "_REFINING_RATE", 1e30)
+    report = keras_kt.conversion.calibrate(converted, floats(31))
     for head in report.after.heads:
         assert np.isfinite(head.matrix) and np.isfinite(head.output)
     assert np.isfinite(converted(floats())).all()
@@ -478,9 +483,11 @@ def test_calibration_halves_the_error_of_plain_orthogonal_features():
         num_features=20,
     )
     converted, _ = keras_kt.convert_attention(model, num_features=20)
-    keras_kt.calibrate(converted, floats(61))
-    before = keras_kt.attention_error(plain, x).layers["attention"]
-    after = keras_kt.attention_error(converted, x).layers["attention"]
+    keras_kt.conversion.calibrate(converted, floats(61))
+    before = keras_kt.conversion.attention_error(plain, x).layers["attention"]
+    after = keras_kt.conversion.attention_error(converted, x).layers[
+        "attention"
+    ]
     assert after < 0.5 * before
 
 
@@ -495,7 +502,9 @@ def test_errors_are_those_of_the_scores():
     expected = np.sqrt(((estimate - exact) ** 2).sum(axes) / norm)
     uniform = np.sqrt(((1 / LENGTH - exact) ** 2).sum(axes) / norm)
     for teacher in (None, model):
-        errors = keras_kt.attention_error(converted, x, teacher=teacher)
+        errors = keras_kt.conversion.attention_error(
+            converted, x, teacher=teacher
+        )
         got = [(h.matrix, h.uniform) for h in errors.heads]
         np.testing.assert_allclose(
             got, np.stack([expected, uniform], -1), rtol=1e-3
@@ -508,26 +517,28 @@ def test_a_near_field_of_the_whole_length_is_the_original(make, inputs):
     estimated then, and the errors are measured with the near field."""
     model, x = make(), inputs()
     converted, _ = keras_kt.convert_attention(model, near_field=LENGTH)
-    report = keras_kt.calibrate(converted, x, budget=4 * KEY_DIM)
+    report = keras_kt.conversion.calibrate(converted, x, budget=4 * KEY_DIM)
     for errors in (report.before, report.after):
         assert max(head.matrix for head in errors.heads) < 1e-4
     np.testing.assert_allclose(converted(x), model(x), atol=1e-4)
     short, _ = keras_kt.convert_attention(model, near_field=2)
-    errors = keras_kt.attention_error(short, x)
+    errors = keras_kt.conversion.attention_error(short, x)
     assert min(head.matrix for head in errors.heads) > 1e-2
 
 
 def test_what_forgets_stands_for_no_softmax():
     converted, _ = keras_kt.convert_attention(one_layer(), decay="constant")
     with pytest.raises(ValueError, match="forgets stands for no softmax"):
-        keras_kt.calibrate(converted, floats())
+        keras_kt.conversion.calibrate(converted, floats())
 
 
 def test_teachers_layers_are_found_whatever_keras_names_them():
     x = keras.Input((None, WIDTH))
     model = perturbed(keras.Model(x, Outer()(x)))
     converted, _ = keras_kt.convert_attention(model)
-    errors = keras_kt.attention_error(converted, floats(), teacher=model)
+    errors = keras_kt.conversion.attention_error(
+        converted, floats(), teacher=model
+    )
     assert len(errors.layers) == 1
 
 
@@ -536,7 +547,7 @@ def test_sharp_attention_is_called_hopeless():
     dense = model.get_layer("attention").query_dense
     dense.kernel.assign(30.0 * dense.kernel)
     converted, _ = keras_kt.convert_attention(model)
-    report = keras_kt.calibrate(converted, floats(61))
+    report = keras_kt.conversion.calibrate(converted, floats(61))
     assert any("hopeless" in head.verdict for head in report.before.heads)
     assert max(head.predicted for head in report.after.heads) > 10.0
     assert "hopeless" in str(report.before)
@@ -553,7 +564,7 @@ def test_padding_takes_no_part_in_calibration():
     reports = []
     for inputs in (short, long):
         converted, _ = keras_kt.convert_attention(model)
-        reports.append(keras_kt.calibrate(converted, inputs))
+        reports.append(keras_kt.conversion.calibrate(converted, inputs))
     for one, other in zip(*(r.after.heads for r in reports), strict=True):
         np.testing.assert_allclose(one[2:], other[2:], rtol=1e-3)
 
@@ -567,7 +578,7 @@ def test_budget_goes_where_the_error_is(tmp_path):
         weight.assign(0.01 * weight)
     converted, _ = keras_kt.convert_attention(model)
     converted.predict(floats(), verbose=0)
-    report = keras_kt.calibrate(converted, floats(31), budget=50)
+    report = keras_kt.conversion.calibrate(converted, floats(31), budget=50)
     # What was traced for the prior of before is not used again.
     np.testing.assert_allclose(
         converted.predict(floats(), verbose=0), converted(floats()), rtol=1e-4
@@ -580,7 +591,7 @@ def test_budget_goes_where_the_error_is(tmp_path):
     again = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(again(floats()), converted(floats()))
     with pytest.raises(ValueError, match="at least one block"):
-        keras_kt.calibrate(converted, floats(), budget=3)
+        keras_kt.conversion.calibrate(converted, floats(), budget=3)
 
 
 @pytest.mark.parametrize(
@@ -594,29 +605,29 @@ def test_budget_goes_where_the_error_is(tmp_path):
 def test_bad_data_is_refused(data, match):
     converted, _ = keras_kt.convert_attention(one_layer())
     with pytest.raises(ValueError, match=match):
-        keras_kt.calibrate(converted, data)
+        keras_kt.conversion.calibrate(converted, data)
 
 
 def test_what_cannot_be_calibrated_says_so():
     model = one_layer()
     with pytest.raises(ValueError, match="must have KernelizedAttention"):
-        keras_kt.calibrate(model, floats())
+        keras_kt.conversion.calibrate(model, floats())
     converted, _ = keras_kt.convert_attention(
         model, spectral_prior="mixture", feature_map="positive"
     )
-    report = keras_kt.calibrate(converted, floats())
+    report = keras_kt.conversion.calibrate(converted, floats())
     assert "not softmax's" in report.notes["attention"]
     converted, _ = keras_kt.convert_attention(model)
     prior = converted.get_layer("attention").spectral_prior
     prior.trainable_weights[1].assign(prior.trainable_weights[1] + 1.0)
-    report = keras_kt.calibrate(converted, floats())
+    report = keras_kt.conversion.calibrate(converted, floats())
     assert "no longer N(μ, I)" in report.notes["attention"]
 
 
 def test_normalised_queries_stand_for_no_softmax():
     converted, _ = keras_kt.convert_attention(one_layer(), qk_norm="l2")
     with pytest.raises(ValueError, match="stands for no softmax"):
-        keras_kt.calibrate(converted, floats())
+        keras_kt.conversion.calibrate(converted, floats())
 
 
 @pytest.mark.parametrize(
@@ -626,10 +637,10 @@ def test_distillation_brings_attention_closer(target, train_projections):
     teacher, x = one_layer(), floats(31, batch=4)
     before = [w.numpy() for w in teacher.weights]
     student, _ = keras_kt.convert_attention(teacher)
-    keras_kt.calibrate(student, x)
+    keras_kt.conversion.calibrate(student, x)
     data = tf.data.Dataset.from_tensor_slices((x, x)).batch(2)
-    start = keras_kt.attention_error(student, x, teacher=teacher)
-    history = keras_kt.distill(
+    start = keras_kt.conversion.attention_error(student, x, teacher=teacher)
+    history = keras_kt.conversion.distill(
         student,
         teacher,
         data,
@@ -637,7 +648,7 @@ def test_distillation_brings_attention_closer(target, train_projections):
         target=target,
         train_projections=train_projections,
     )
-    end = keras_kt.attention_error(student, x, teacher=teacher)
+    end = keras_kt.conversion.attention_error(student, x, teacher=teacher)
     assert len(history) == 40
     losses = [step["attention"] for step in history]
     assert np.mean(losses[-2:]) < np.mean(losses[:2])
@@ -658,8 +669,8 @@ def test_distillation_refuses_what_it_cannot_train():
     )
     student.get_layer("attention").spectral_prior.trainable = False
     with pytest.raises(ValueError, match="needs something to train"):
-        keras_kt.distill(student, teacher, floats())
+        keras_kt.conversion.distill(student, teacher, floats())
     with pytest.raises(ValueError, match="`teacher` must be the model"):
-        keras_kt.distill(student, sequential(), floats())
+        keras_kt.conversion.distill(student, sequential(), floats())
     with pytest.raises(ValueError, match="`target` must be one of"):
-        keras_kt.distill(student, teacher, floats(), target="scores")
+        keras_kt.conversion.distill(student, teacher, floats(), target="scores")

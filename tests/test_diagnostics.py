@@ -265,7 +265,7 @@ def test_monitor_keeps_what_rows_sum_to(tmp_path):
     model = model_of(feature_map="trigonometric")
     model.compile("sgd", "mse")
     x = batch()
-    monitor = keras_kt.SpectralMonitor(tmp_path, data=x, pictures=0)
+    monitor = keras_kt.diagnostics.SpectralMonitor(tmp_path, data=x, pictures=0)
     y = np.zeros((2, LENGTH, WIDTH))
     model.fit(x, y, verbose=0, callbacks=[monitor])
     past = monitor.history["attention"]
@@ -340,7 +340,7 @@ def test_monitor_writes_and_warns_once(tmp_path, caplog):
         spectral_prior=keras_kt.MixturePrior(2, 1e-3), qk_norm="l2"
     )
     model.compile("sgd", "mse")
-    monitor = keras_kt.SpectralMonitor(tmp_path, every=2)
+    monitor = keras_kt.diagnostics.SpectralMonitor(tmp_path, every=2)
     x = batch()
     with caplog.at_level(logging.WARNING, "keras_kt"):
         model.fit(
@@ -387,14 +387,17 @@ def test_monitor_writes_and_warns_once(tmp_path, caplog):
     )
     with pytest.raises(ValueError, match="`path` must be one of"):
         plots.plot_history(monitor, "other")
-    for unwatched in (keras_kt.SpectralMonitor(tmp_path), model.history):
+    for unwatched in (
+        keras_kt.diagnostics.SpectralMonitor(tmp_path),
+        model.history,
+    ):
         with pytest.raises(ValueError, match="watched at least one epoch"):
             plots.plot_history(unwatched)
 
 
 def test_monitor_refuses():
     with pytest.raises(ValueError, match="argument `every`"):
-        keras_kt.SpectralMonitor("logs", every=0)
+        keras_kt.diagnostics.SpectralMonitor("logs", every=0)
     x = keras.Input((3,))
     model = keras.Model(x, keras.layers.Dense(1)(x))
     model.compile("sgd", "mse")
@@ -402,6 +405,6 @@ def test_monitor_refuses():
         model.fit(
             np.ones((2, 3)),
             np.ones((2, 1)),
-            callbacks=[keras_kt.SpectralMonitor("logs")],
+            callbacks=[keras_kt.diagnostics.SpectralMonitor("logs")],
             verbose=0,
         )

@@ -15,8 +15,9 @@ SOFTMAX = keras.layers.MultiHeadAttention
 # Where a name in a table may come from, beside the signatures of the layers.
 NAMESPACES = (
     keras_kt,
+    keras_kt.conversion,
     keras_kt.diagnostics,
-    keras_kt.plots,
+    keras_kt.diagnostics.plots,
     keras.layers,
     ATTENTION,
     keras.Model,
@@ -97,7 +98,8 @@ def _is_known(name):
     first, *rest = name.split(".")
     if rest:
         # Attributes are in docstrings: instances have them, not classes.
-        owner = getattr(keras_kt, first)
+        spaces = (s for s in NAMESPACES if hasattr(s, first))
+        owner = getattr(next(spaces), first)
         return all(f"{part}:" in inspect.getdoc(owner) for part in rest)
     everything = OURS | parameters(keras_kt.PositiveFeatures) | ELSEWHERE
     return name in everything or any(

@@ -60,7 +60,7 @@ def test_closed_form_is_the_original(make):
     )
     assert type(converted) is type(model)
     assert len(report.converted) == 2 and not report.kept
-    with keras_kt.closed_form_attention(converted):
+    with keras_kt.conversion.closed_form_attention(converted):
         output = converted(x).numpy()
     # The last queries of the second sequence are padding.
     rows = x["padding_mask"] if output.ndim == 3 else np.ones(2)
@@ -101,12 +101,12 @@ def test_calibration_distillation_and_fine_tuning_run(make, tmp_path):
     model = make()
     x = inputs(model)
     converted, _ = keras_kt.convert_attention(model, dropout=0.0)
-    report = keras_kt.calibrate(converted, x)
+    report = keras_kt.conversion.calibrate(converted, x)
     assert report.after.layers.keys() == report.before.layers.keys()
     assert np.mean([h.matrix for h in report.after.heads]) < np.mean(
         [h.matrix for h in report.before.heads]
     )
-    history = keras_kt.distill(converted, model, x, steps=10)
+    history = keras_kt.conversion.distill(converted, model, x, steps=10)
     assert sum(history[-1].values()) < sum(history[0].values())
     converted.compile(
         "sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -149,7 +149,7 @@ def test_a_cache_does_not_go_with_distances(option):
     layers = [
         layer
         for layer in converted._flatten_layers()
-        if isinstance(layer, keras_kt.CachedKernelizedAttention)
+        if isinstance(layer, keras_kt.conversion.CachedKernelizedAttention)
     ]
     x = np.zeros((1, 1, 8), "float32")
     cache = np.zeros((1, 2, 11, 2, 4), "float32")

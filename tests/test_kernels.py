@@ -128,6 +128,32 @@ def test_estimates_are_unbiased(prior_name, map_name):
     assert (np.abs(deviations.mean(axis=0)) < 4.5 * error + 1e-6).all()
 
 
+@pytest.mark.parametrize(
+    "prior_name", [name for name in CLOSED if name != "normal-fixed-radius"]
+)
+def test_characteristic_functions_are_means_of_cosines(prior_name):
+    """Of samples of the live view, which share no code with the formulas.
+
+    The view of a fixed radius is a Gaussian of the same covariance.
+    """
+    prior, _ = build(prior_name, "trigonometric")
+    z = points(1)[0]
+    count = 20_000
+    samples = prior.distribution().sample(count, seed=3).numpy()
+    cosines = np.cos(np.einsum("nhd,hpd->nhp", samples, z))
+    got = kernels.characteristic_function(prior, z)
+    assert got.shape == (1, POINTS)
+    error = cosines.std(axis=0) / count**0.5
+    assert (np.abs(got - cosines.mean(axis=0)) < 4.5 * error).all()
+
+
+def test_a_law_that_is_not_known_says_so():
+    prior = keras_kt.GeneratorPrior()
+    prior.build((1, DIM, DIM))
+    with pytest.raises(ValueError, match="GeneratorPrior has no closed-form"):
+        kernels.characteristic_function(prior, np.zeros((1, DIM)))
+
+
 @pytest.mark.parametrize("prior_name", ("normal-iid", "mixture", "box"))
 @pytest.mark.parametrize("map_name", ("positive", "trigonometric"))
 def test_error_falls_with_the_root_of_the_number_of_features(

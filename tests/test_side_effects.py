@@ -51,7 +51,7 @@ def decoder(**kwargs):
 
 
 def cached():
-    return keras_kt.CachedKernelizedAttention(2, 3, seed=0)
+    return keras_kt.conversion.CachedKernelizedAttention(2, 3, seed=0)
 
 
 MASK = tf.constant(np.arange(LENGTH) < [[4], [2]])
@@ -382,9 +382,11 @@ def test_conversion_and_its_tools_leave_models_as_they_were():
     losses = [float(x) for x in converted.losses]
     attributes = state_of(converted)
     for use in (
-        lambda: keras_kt.attention_error(converted, batch),
-        lambda: keras_kt.attention_error(converted, batch, teacher=model),
-        lambda: keras_kt.distill(converted, model, batch, steps=1),
+        lambda: keras_kt.conversion.attention_error(converted, batch),
+        lambda: keras_kt.conversion.attention_error(
+            converted, batch, teacher=model
+        ),
+        lambda: keras_kt.conversion.distill(converted, model, batch, steps=1),
         lambda: keras_kt.diagnostics.attention_maps(converted, batch),
         lambda: keras_kt.diagnostics.health(converted, batch),
     ):
@@ -426,10 +428,10 @@ def test_hooks_nest():
     model, _ = keras_kt.convert_attention(regularised())
     batch = array(2, LENGTH, WIDTH)
     linear = model(batch)
-    with keras_kt.closed_form_attention(model):
+    with keras_kt.conversion.closed_form_attention(model):
         exact = model(batch)
         assert np.abs(exact - linear).max() > 1e-6
-        keras_kt.attention_error(model, batch)
+        keras_kt.conversion.attention_error(model, batch)
         np.testing.assert_array_equal(model(batch), exact)
     np.testing.assert_array_equal(model(batch), linear)
 

@@ -24,7 +24,7 @@ def attention(**kwargs):
 
 
 def cached(**kwargs):
-    return keras_kt.CachedKernelizedAttention(
+    return keras_kt.conversion.CachedKernelizedAttention(
         **{"num_heads": 2, "key_dim": 4} | kwargs
     )
 
@@ -147,7 +147,11 @@ FASTFOOD = {"diagonal_regularizer": "l2", "per_head": False, "seed": 3}
 # called, and a value for each argument.
 CLASSES = {
     keras_kt.KernelizedAttention: (attention, with_itself, ATTENTION),
-    keras_kt.CachedKernelizedAttention: (cached, with_itself, ATTENTION),
+    keras_kt.conversion.CachedKernelizedAttention: (
+        cached,
+        with_itself,
+        ATTENTION,
+    ),
     keras_kt.KernelizedTransformerEncoder: (encoder, lambda f: f, BLOCK),
     keras_kt.KernelizedTransformerDecoder: (decoder, lambda f: f, BLOCK),
     keras_kt.NormalPrior: (
@@ -282,11 +286,11 @@ def test_functions_take_every_spelling():
             near_field=spell(2),
         )
         assert json.dumps(report.converted)
-        errors = keras_kt.attention_error(model, X, batches=spell(1))
-        report = keras_kt.calibrate(
+        errors = keras_kt.conversion.attention_error(model, X, batches=spell(1))
+        report = keras_kt.conversion.calibrate(
             model, X, budget=spell(12), batches=spell(1), steps=spell(1)
         )
-        history = keras_kt.distill(
+        history = keras_kt.conversion.distill(
             model,
             softmax,
             X,
@@ -300,9 +304,9 @@ def test_functions_take_every_spelling():
             layer, spell([0.0, 1.0]), directions=spell(3), seed=spell(1)
         )
         (found,) = keras_kt.diagnostics.attention_maps(model, X)
-        keras_kt.plots.plot_attention(found, spell(1), spell(1))
-        keras_kt.plots.plot_spectrum(layer, spell(1))
-        monitor = keras_kt.SpectralMonitor(
+        keras_kt.diagnostics.plots.plot_attention(found, spell(1), spell(1))
+        keras_kt.diagnostics.plots.plot_spectrum(layer, spell(1))
+        monitor = keras_kt.diagnostics.SpectralMonitor(
             "logs",
             every=spell(2),
             distances=spell([1.0, 2.0]),

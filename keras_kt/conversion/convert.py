@@ -3,81 +3,24 @@
 `convert_attention` copies a model and puts `KernelizedAttention` in the place
 of each `MultiHeadAttention`, with its projections. The kernel is then an
 estimate of softmax's, exp(q·k), by the features of the layer's spectral prior:
-`calibration` measures how close it is, and brings it closer.
+`attention_error` measures how close it is, `calibrate` brings it closer.
 """
 
 import functools
 import inspect
-import warnings
-from typing import NamedTuple
 
 import keras
-import tensorflow as tf
 
 from keras_kt import _checks, priors
 from keras_kt.conversion import keras_hub
-from keras_kt.conversion.probe import kept_losses, recorded_calls
-from keras_kt.conversion.surgery import children, copy_with, projections
+from keras_kt.conversion.find import attention_layers
+from keras_kt.conversion.report import ConversionReport, ConvertedLayer
+from keras_kt.conversion.support import problems_of, refusal
+from keras_kt.conversion.surgery import copy_with
 from keras_kt.features import PositiveFeatures
 from keras_kt.layers.attention import KernelizedAttention
 
 ON_UNSUPPORTED = ("skip", "quadratic", "error")
-# What a subclass of MultiHeadAttention may not change if its weights are to
-# mean the same in KernelizedAttention.
-_COMPUTATION = ("call", "_compute_attention", "_masked_softmax")
-
-
-class ConvertedLayer(NamedTuple):
-    """What became of one attention layer.
-
-    Attributes:
-        path: names of the layers that lead to it, joined by "/".
-        status: `"linear"`, `"quadratic"`, or `"kept"` (still softmax).
-        num_features: D of the converted layer, or `None`.
-        note: what differs from the original, or why it was kept.
-    """
-
-    path: str
-    status: str
-    num_features: int | None
-    note: str
-
-
-class ConversionReport(NamedTuple):
-    """The attention layers of a model, and what became of each.
-
-    Attributes:
-        layers: tuple of `ConvertedLayer`, in the model's order.
-    """
-
-    layers: tuple
-
-    @property
-    def converted(self) -> dict:
-        """D of the converted layers, by path; fits `num_features`."""
-        return {
-            layer.path: layer.num_features
-            for layer in self.layers
-            if layer.status != "kept"
-        }
-
-    @property
-    def kept(self) -> dict:
-        """Why each of the other layers was kept, by path."""
-        return {
-            layer.path: layer.note
-            for layer in self.layers
-            if layer.status == "kept"
-        }
-
-    def __str__(self):
-        lines = [
-            f"{path}: {status}"
-            + (f", {count} features" if count else "")
-            + (f" ({note})" if note else "")
-            for path, status, count, note in self.layers
-        ]
-        return "\n".join(lines)
 
 
 def convert_attention(
@@ -85,7 +28,7 @@ def convert_attention(
     *,
     layers=None,
     spectral_prior=None,
-    feature_map="tilted",
+    feature_map=None,
     num_features=None,
     dropout=None,
     on_unsupported="skip",
@@ -115,7 +58,7 @@ def convert_attention(
         spectral_prior: as in `KernelizedAttention`. Defaults to `None`, which
             means `NormalPrior(use_mean=True)`: softmax's, with a mean for
             `calibrate` to move the queries' mean into.
-        feature_map: as in `KernelizedAttention`. Defaults to `"tilted"`, which
+        feature_map: as in `KernelizedAttention`. Defaults to `None`, which
             means `PositiveFeatures("tilted")`: softmax's with that mean.
         num_features: D for all layers, or a dictionary from paths to D. The
             default `None` and layers not in the dictionary get the layer's
@@ -156,10 +99,10 @@ def convert_attention(
     chosen = _choose(found, layers)
     if spectral_prior is None:
         spectral_prior = priors.NormalPrior(use_mean=True)
-    if isinstance(feature_map, str) and feature_map == "tilted":
+    if feature_map is None:
         feature_map = PositiveFeatures("tilted")
     counts = _feature_counts(num_features, chosen)
-    problems = _problems(model, chosen, dropout)
+    problems = problems_of(model, chosen, dropout)
     if on_unsupported == "error" and any(problems.values()):
         listing = "; ".join(f"{p}: {why}" for p, why in problems.items() if why)
         raise ValueError(
@@ -170,7 +113,7 @@ def convert_attention(
         )
     plans, entries = {}, []
     for number, (path, layer) in enumerate(found.items()):
-        why_not = _refusal(layer) if path in chosen else "not asked for"
+        why_not = refusal(layer) if path in chosen else "not asked for"
         problem = problems.get(path)
         if problem and on_unsupported == "skip":
             why_not = f"{problem}, which linear attention cannot"
@@ -200,37 +143,6 @@ def convert_attention(
     return copy, ConversionReport(
         tuple(_entry(entry, made) for entry in entries)
     )
-
-
-def attention_layers(model) -> dict:
-    """The attention layers of a model by path, those of any kind."""
-    found = {}
-
-    def visit(layer, path):
-        for child in children(layer):
-            place = f"{path}/{child.name}" if path else child.name
-            if _is_attention(child):
-                if not any(child is other for other in found.values()):
-                    found[_unused(place, found)] = child
-            else:
-                visit(child, place)
-
-    visit(model, "")
-    return found
-
-
-def _is_attention(layer):
-    return "Attention" in type(layer).__name__ or isinstance(
-        layer, keras.layers.MultiHeadAttention
-    )
-
-
-def _unused(path, found):
-    number, name = 1, path
-    while name in found:
-        number += 1
-        name = f"{path}#{number}"
-    return name
 
 
 def _check_model(model):
@@ -285,83 +197,6 @@ def _feature_counts(num_features, chosen):
             f"{tuple(sorted(chosen))}. Received: {unknown}, which are not."
         )
     return num_features
-
-
-def _refusal(layer):
-    """Why a layer cannot stand for its weights in KernelizedAttention."""
-    name = type(layer).__name__
-    if isinstance(layer, KernelizedAttention):
-        return "is linear already"
-    if not isinstance(layer, keras.layers.MultiHeadAttention):
-        return f"{name} is not a MultiHeadAttention"
-    base = keras.layers.MultiHeadAttention
-    if keras_hub.is_cached(layer):
-        base = keras_hub.cached_class()
-    for method in _COMPUTATION:
-        if getattr(type(layer), method) is not getattr(base, method):
-            return f"{name} has a `{method}` of its own"
-    if not layer.built:
-        return "is not built: it was never called"
-    if any(dense.quantization_mode for dense in projections(layer).values()):
-        return "its projections are quantized"
-    return None
-
-
-def _problems(model, chosen, dropout):
-    """What linear attention cannot honour, by path; "" where nothing."""
-    supported = {p: layer for p, layer in chosen.items() if not _refusal(layer)}
-    calls = _traced_calls(model, list(supported.values()))
-    causal = {
-        id(attention) for _, attention in keras_hub.causal_attention(model)
-    }
-    problems = {}
-    for path, layer in supported.items():
-        needs = {
-            need
-            for called, arguments, _ in calls
-            if called is layer
-            for need in _needs(arguments, id(layer) in causal)
-        }
-        if layer.dropout and dropout is None:
-            needs.add("drops attention weights")
-        if layer._sliding_window:
-            needs.add("has a sliding window")
-        problems[path] = " and ".join(sorted(needs))
-    return problems
-
-
-def _needs(arguments, is_causal_block):
-    """What a call needs the attention matrix for."""
-    if arguments.get("return_attention_scores"):
-        yield "returns its scores"
-    mask = arguments.get("attention_mask")
-    # A mask that all queries share is a key mask.
-    if mask is not None and not is_causal_block and mask.shape[-2] != 1:
-        yield "takes a dense mask"
-
-
-def _traced_calls(model, layers):
-    """The calls of layers when a functional model runs, without running it."""
-    inputs = getattr(model, "inputs", None)
-    if not inputs:
-        return []
-    if not isinstance(model, keras.Sequential):
-        inputs = model.input
-    elif len(inputs) == 1:
-        (inputs,) = inputs
-    spec = keras.tree.map_structure(
-        lambda x: tf.TensorSpec(x.shape, x.dtype), inputs
-    )
-    with (
-        kept_losses(model),
-        recorded_calls(layers) as calls,
-        # The original says at every call of its own what it has to say.
-        warnings.catch_warnings(action="ignore"),
-    ):
-        tf.function(
-            lambda x: model(x, training=False), autograph=False
-        ).get_concrete_function(spec)
-    return calls
 
 
 def _kernelized(layer, changes):

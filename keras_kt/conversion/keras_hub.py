@@ -6,12 +6,12 @@ pass a key-value cache: `linearize_masks` keeps causality apart, and
 `CachedKernelizedAttention` takes the cache.
 """
 
-import functools
 import sys
 
 import keras
 import tensorflow as tf
 
+from keras_kt.conversion.probe import replace_method
 from keras_kt.layers.attention import KernelizedAttention
 from keras_kt.layers.axes import mask_of, without_mask
 
@@ -135,9 +135,7 @@ def linearize_masks(model):
     """Lets converted decoder blocks pass causality apart from padding."""
     for block, attention in causal_attention(model):
         if isinstance(attention, CachedKernelizedAttention):
-            block._compute_self_attention_mask = functools.partial(
-                _causal_mask, block._compute_self_attention_mask
-            )
+            replace_method(block, "_compute_self_attention_mask", _causal_mask)
 
 
 def _hub(name):
@@ -156,7 +154,7 @@ def causal_attention(model):
     ]
 
 
-def _causal_mask(dense_mask, *, use_causal_mask, **kwargs):
+def _causal_mask(block, dense_mask, *, use_causal_mask, **kwargs):
     """A decoder block's mask, as a tuple where causality stays linear."""
     is_dense = kwargs["decoder_attention_mask"] is not None
     is_cached = kwargs["self_attention_cache"] is not None

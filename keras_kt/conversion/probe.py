@@ -1,4 +1,9 @@
-"""Hooks on layers and models, all of which are gone when a context ends."""
+"""Hooks on layers and models: the only code that replaces their methods.
+
+All but `replace_method` are gone when a context ends. Calls are seen with their
+arguments by name; attention is replaced where queries, keys and values are
+projected, between the projections, in layers of our kind and Keras's.
+"""
 
 import contextlib
 import functools
@@ -41,12 +46,41 @@ def replaced_methods(layers, name, replacement):
     """
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            method = getattr(layer, name)
             # A replacement of someone else's is put back, too.
-            before = {name: method} if name in vars(layer) else {}
+            before = {k: v for k, v in vars(layer).items() if k == name}
             stack.callback(vars(layer).update, before)
             stack.callback(vars(layer).pop, name)
-            setattr(layer, name, functools.partial(replacement, layer, method))
+            replace_method(layer, name, replacement)
+        yield
+
+
+def replace_method(layer, name, replacement):
+    """Gives a layer another method, for good; arguments as above."""
+    method = getattr(layer, name)
+    new = functools.partial(replacement, layer, method)
+    # So that the arguments of nested replacements have names.
+    new.__signature__ = inspect.signature(method)
+    setattr(layer, name, new)
+
+
+@contextlib.contextmanager
+def replaced_attention(layers, compute):
+    """Gives layers another attention of heads, until the context ends.
+
+    Args:
+        layers: of `KernelizedAttention` or `MultiHeadAttention`.
+        compute: function of a layer, the attention it had, and the arguments of
+            a call by name: the projected `query`, `key` and `value`, and those
+            that are given of `attention_mask`, `use_causal_mask`, `query_mask`,
+            `key_mask` and others. It returns heads
+            `(batch, query_length, heads, value_dim)` and weights, or `None`.
+    """
+
+    def replacement(layer, attend, *args, **kwargs):
+        call = inspect.signature(attend).bind(*args, **kwargs).arguments
+        return compute(layer, attend, call)
+
+    with replaced_methods(layers, "_compute_attention", replacement):
         yield
 
 

@@ -1,10 +1,9 @@
 """Copies a model with other layers in the place of some, weights and all."""
 
-import functools
-
 import keras
 
 from keras_kt.conversion import keras_hub
+from keras_kt.conversion.probe import replace_method
 
 _PROJECTIONS = (
     "_query_dense",
@@ -54,7 +53,7 @@ def copy_with(model, plans):
     inner = {id(new) for new in made.values()}
     for layer in rebuilt:
         if any(id(other) in inner for other in layer._flatten_layers()):
-            layer.get_config = functools.partial(_refuse_config, layer.name)
+            replace_method(layer, "get_config", _refuse_config)
     return copy, made
 
 
@@ -158,9 +157,9 @@ def _transfer(softmax, kernelized):
         query, key, value = (
             (*[None] * (dense.equation.index(",") - 1), dense.kernel.shape[0])
             for dense in (
-                softmax._query_dense,
-                softmax._key_dense,
-                softmax._value_dense,
+                softmax.query_dense,
+                softmax.key_dense,
+                softmax.value_dense,
             )
         )
         kernelized.build(query, value, key)
@@ -196,10 +195,11 @@ def _substituted(value, old, new):
     return value
 
 
-def _refuse_config(name):
+def _refuse_config(layer, _):
     raise NotImplementedError(
-        f"The configuration of {name!r} would make softmax attention again: "
-        "its class makes its own attention layers, and `convert_attention` "
-        "replaced them. Use `save_weights`, and `load_weights` on a model that "
-        "was converted in the same way, or export the model."
+        f"The configuration of {layer.name!r} would make softmax attention "
+        "again: its class makes its own attention layers, and "
+        "`convert_attention` replaced them. Use `save_weights`, and "
+        "`load_weights` on a model that was converted in the same way, or "
+        "export the model."
     )

@@ -1,4 +1,8 @@
-"""A callback that writes a model's kernels to TensorBoard as it trains."""
+"""A callback that writes a model's kernels to TensorBoard as it trains.
+
+What `diagnostics` computes of each layer becomes curves, histograms, pictures
+and warnings, and stays in the callback's `history` for `plots.plot_history`.
+"""
 
 import importlib.util
 import io
@@ -9,7 +13,15 @@ import numpy as np
 import tensorflow as tf
 
 from keras_kt import _checks
-from keras_kt.diagnostics import inspect, plots
+from keras_kt.diagnostics import plots
+from keras_kt.diagnostics.findings import health
+from keras_kt.diagnostics.profile import (
+    component_shares,
+    kernel_profile,
+    spectrum,
+)
+from keras_kt.diagnostics.record import layers_of
+from keras_kt.diagnostics.rows import row_sums
 
 _LOG = logging.getLogger("keras_kt")
 
@@ -50,7 +62,7 @@ class SpectralMonitor(keras.callbacks.Callback):
     >>> model = keras.Model(x, attention(x, x))
     >>> model.compile("sgd", "mse")
     >>> batch = np.zeros((4, 6, 8))
-    >>> monitor = keras_kt.SpectralMonitor(tempfile.mkdtemp())
+    >>> monitor = keras_kt.diagnostics.SpectralMonitor(tempfile.mkdtemp())
     >>> _ = model.fit(batch, batch, callbacks=[monitor], verbose=0)
     >>> sorted(monitor.history["attention"])
     ['kernel']
@@ -77,7 +89,7 @@ class SpectralMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         # Told here and not after the first epoch.
-        inspect.layers_of(self.model)
+        layers_of(self.model)
         self._writer = tf.summary.create_file_writer(self.log_dir)
         self._said = set()
         self.epoch, self.history = [], {}
@@ -90,8 +102,8 @@ class SpectralMonitor(keras.callbacks.Callback):
         summary = tf.compat.v1.Summary()
         sums = {}
         if self.data is not None:
-            sums = inspect.row_sums(self.model, self.data)
-        for path, layer in inspect.layers_of(self.model).items():
+            sums = row_sums(self.model, self.data)
+        for path, layer in layers_of(self.model).items():
             values = _values(layer, self.distances, sums.get(path))
             _add_layer(summary, path, layer, values, self.distances)
             past = self.history.setdefault(path, {name: [] for name in values})
@@ -109,7 +121,7 @@ class SpectralMonitor(keras.callbacks.Callback):
             tf.summary.experimental.write_raw_pb(
                 summary.SerializeToString(), step=epoch
             )
-        for finding in inspect.health(self.model, self.data):
+        for finding in health(self.model, self.data):
             # Numbers in the text change from epoch to epoch.
             key = finding.path, finding.head, finding.advice
             if key not in self._said:
@@ -122,13 +134,13 @@ class SpectralMonitor(keras.callbacks.Callback):
 
 def _values(layer, distances, sums):
     """Arrays with a row a head, by name: what `history` holds."""
-    values = {"kernel": inspect.kernel_profile(layer, distances).kernel}
+    values = {"kernel": kernel_profile(layer, distances).kernel}
     prior, feature_map = layer.spectral_prior, layer.feature_map
     if prior.num_components > 1:
-        values["probability"] = np.exp(prior.log_probabilities)
+        values["probability"] = component_shares(layer)
     if layer.qk_norm:
-        values["temperature"] = layer._qk_norm.temperature
-    if hasattr(feature_map, "smoothing_weights"):
+        values["temperature"] = layer.temperature
+    if feature_map.is_shift_invariant:
         values["smoothing"] = feature_map.smoothing_weights
     if sums is not None:
         values["guarded_rows"], values["least_row_sum"] = sums
@@ -139,7 +151,7 @@ def _values(layer, distances, sums):
 
 
 def _add_layer(summary, path, layer, values, distances):
-    norms = np.linalg.norm(inspect.spectrum(layer).frequencies, axis=-1)
+    norms = np.linalg.norm(spectrum(layer).frequencies, axis=-1)
     for head in range(layer.num_heads):
         place = f"{path}/head_{head}"
         summary.value.add(

@@ -1,12 +1,13 @@
 """Pictures of what `diagnostics` computes; they need matplotlib.
 
-Each function makes a figure and returns it, without showing or saving it.
+Each function makes a figure and returns it, without showing or saving it. Only
+here is matplotlib imported, when a figure is made.
 """
 
 import numpy as np
 
 from keras_kt import _checks
-from keras_kt.diagnostics import inspect
+from keras_kt.diagnostics.profile import kernel_profile, spectrum
 
 _STROKES = ("-", "--", ":", "-.")
 
@@ -26,9 +27,9 @@ def plot_kernels(layer, before=None):
 
     >>> layer = keras_kt.KernelizedAttention(2, 4)
     >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
-    >>> figure = keras_kt.plots.plot_kernels(layer)
+    >>> figure = keras_kt.diagnostics.plots.plot_kernels(layer)
     """
-    profile = inspect.kernel_profile(layer)
+    profile = kernel_profile(layer)
     figure, panel = _panel()
     for head, values in enumerate(profile.kernel):
         color = f"C{head}"
@@ -58,11 +59,11 @@ def plot_spectrum(layer, head=0):
 
     >>> layer = keras_kt.KernelizedAttention(2, 4)
     >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
-    >>> figure = keras_kt.plots.plot_spectrum(layer, head=1)
+    >>> figure = keras_kt.diagnostics.plots.plot_spectrum(layer, head=1)
     """
-    spectrum = inspect.spectrum(layer)
-    head = _index("head", head, len(spectrum.frequencies))
-    omega, weights = spectrum.frequencies[head], spectrum.weights[head]
+    found = spectrum(layer)
+    head = _index("head", head, len(found.frequencies))
+    omega, weights = found.frequencies[head], found.weights[head]
     if omega.shape[1] < 2:
         raise ValueError(
             "`layer` must have a key_dim of at least 2 for a plane of "
@@ -98,7 +99,7 @@ def plot_attention(attention_map, head=0, example=0):
     >>> x = keras.Input((None, 8))
     >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
     >>> maps = keras_kt.diagnostics.attention_maps(model, np.ones((1, 5, 8)))
-    >>> figure = keras_kt.plots.plot_attention(maps[0], head=1)
+    >>> figure = keras_kt.diagnostics.plots.plot_attention(maps[0], head=1)
     """
     batch, heads = attention_map.weights.shape[:2]
     head = _index("head", head, heads)
@@ -140,8 +141,8 @@ def plot_errors(errors):
     >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
     >>> model, _ = keras_kt.convert_attention(keras.Model(x, y))
     >>> batch = np.random.normal(size=(1, 9, 8)).astype("float32")
-    >>> errors = keras_kt.attention_error(model, batch)
-    >>> figure = keras_kt.plots.plot_errors(errors)
+    >>> errors = keras_kt.conversion.attention_error(model, batch)
+    >>> figure = keras_kt.diagnostics.plots.plot_errors(errors)
     """
     figure, panel = _panel(width=max(4.0, 0.5 * len(errors.heads)))
     places = np.arange(len(errors.heads))
@@ -183,9 +184,9 @@ def plot_history(monitor, path=None):
     >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
     >>> model.compile("sgd", "mse")
     >>> batch = np.zeros((4, 6, 8))
-    >>> monitor = keras_kt.SpectralMonitor(tempfile.mkdtemp())
+    >>> monitor = keras_kt.diagnostics.SpectralMonitor(tempfile.mkdtemp())
     >>> _ = model.fit(batch, batch, callbacks=[monitor], verbose=0)
-    >>> figure = keras_kt.plots.plot_history(monitor)
+    >>> figure = keras_kt.diagnostics.plots.plot_history(monitor)
     """
     history = getattr(monitor, "history", None)
     # What `fit` returns has a history too, of losses.

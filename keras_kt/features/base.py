@@ -16,6 +16,10 @@ class FeatureMap(Recipe):
 
     # Features per frequency.
     sides = 1
+    # E cos ω·(x − y) and the map's `smoothing_weights`.
+    is_shift_invariant = False
+    # Of N(μ, I) it is exp(x·y), up to factors of x and exp(μ·y).
+    is_softmax = False
 
     def num_frequencies(self, num_features: int) -> int:
         """Frequencies that give `num_features` features."""
@@ -47,6 +51,27 @@ class FeatureMap(Recipe):
     def bind(self, frequencies: Frequencies, scale: float = 1.0):
         """A function from x to φ(scale · x), for one draw of frequencies."""
         raise NotImplementedError
+
+    def is_tilted(self, prior: SpectralPrior) -> bool:
+        """Whether the prior's mean μ weighs keys y by exp(μ·y), as softmax of
+        queries that are shifted by μ."""
+        return False
+
+    def logits(self, prior: SpectralPrior, query, key) -> tf.Tensor:
+        """Logits of the softmax that the kernel stands for, with Σ = I.
+
+        Args:
+            prior: a built prior.
+            query, key: `(batch, length, heads, head_dim)`, scaled.
+
+        Returns:
+            `(batch, heads, query_length, key_length)`.
+        """
+        logits = tf.einsum("bthd,bshd->bhts", query, key)
+        if self.is_tilted(prior):
+            tilt = tf.einsum("hd,bshd->bhs", prior.mean[:, 0], key)
+            logits += tilt[:, :, tf.newaxis]
+        return logits
 
     def has_exact_kernel(self, prior: SpectralPrior) -> bool:
         """Whether `exact_kernel` has a kernel to give; of recipes, too."""

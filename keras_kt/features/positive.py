@@ -161,6 +161,14 @@ class PositiveFeatures(FeatureMap):
     def sides(self):
         return 2 if self.two_sided else 1
 
+    @property
+    def is_softmax(self):
+        return self.prefactor in ("softmax", "tilted")
+
+    def is_tilted(self, prior):
+        is_normal = prior.is_gaussian and prior.num_components == 1
+        return self.prefactor == "tilted" and is_normal and prior.has_mean
+
     def default_num_features(self, prior, head_dim):
         # Both kinds need whole blocks; one-sided features need the width too.
         return 2 * prior.block_size(head_dim)
@@ -170,7 +178,7 @@ class PositiveFeatures(FeatureMap):
             raise ValueError(
                 "Positive features need a prior with a moment generating "
                 "function: E exp(ω·z) must be finite for every z. Received: "
-                f"{_describe(prior)}, whose tails are too heavy (or not known "
+                f"{prior.describe()}, whose tails are too heavy (or not known "
                 'to be light). Use feature_map="trigonometric", which takes '
                 "any distribution, or has_moment_generating_function=True if "
                 "you know that it exists."
@@ -233,10 +241,3 @@ def _by_component(x, factors):
     """x under each component's factor, `(batch, heads, t, c, e)`."""
     mapped = precise_product(x[:, :, tf.newaxis], factors)
     return tf.einsum("bhcte->bhtce", mapped)
-
-
-def _describe(prior):
-    describe = type(prior).__name__
-    if hasattr(prior, "distribution_fn"):
-        describe += f" of {prior.distribution().name}"
-    return describe

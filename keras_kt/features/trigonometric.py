@@ -66,6 +66,7 @@ class TrigonometricFeatures(FeatureMap):
     """
 
     sides = 2
+    is_shift_invariant = True
 
     def __init__(self, smoothing=0.1, *, trainable=True, **kwargs):
         super().__init__(trainable=trainable, **kwargs)

@@ -84,6 +84,9 @@ class SpectralPrior(Recipe):
     has_moment_generating_function = True
     # Gaussian, or a mixture of such: the kernel has a closed form.
     is_gaussian = False
+    # `distribution()` is the law of the frequencies itself, so that a closed
+    # form of it is the kernel's.
+    has_known_law = False
 
     def __init__(self, *, per_head=True, kl_weight=0.0, seed=None, **kwargs):
         super().__init__(**kwargs)
@@ -94,6 +97,10 @@ class SpectralPrior(Recipe):
     @property
     def num_components(self):
         return 1
+
+    def describe(self) -> str:
+        """What errors call the prior."""
+        return type(self).__name__
 
     def block_size(self, head_dim: int) -> int:
         """Number of frequencies that make one whole block of the coupling."""

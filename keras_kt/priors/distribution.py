@@ -57,6 +57,8 @@ class DistributionPrior(SpectralPrior):
     TensorShape([1, 4, 3])
     """
 
+    has_known_law = True
+
     def __init__(
         self,
         distribution_fn,
@@ -157,6 +159,9 @@ class DistributionPrior(SpectralPrior):
         return _grouped(
             samples, moments, log_probabilities, self.num_frequencies
         )
+
+    def describe(self):
+        return f"{super().describe()} of {self.distribution().name}"
 
     def distribution(self):
         return self.distribution_fn(self.parameter_values())

@@ -39,6 +39,8 @@ class FastFoodPrior(SpectralPrior):
     TensorShape([1, 4, 3])
     """
 
+    has_known_law = True
+
     def __init__(self, *, diagonal_regularizer=None, **kwargs):
         super().__init__(**kwargs)
         if self.kl_weight:

@@ -90,6 +90,14 @@ class GaussianPrior(SpectralPrior):
             )
         return self.for_heads(self._mean)
 
+    def assign_mean(self, mean) -> None:
+        """Sets the component means, for a prior with `use_mean`.
+
+        Args:
+            mean: `(heads, components, head_dim)`; one head's where heads share.
+        """
+        self._mean.assign(mean)
+
     @property
     def scale(self) -> tf.Tensor:
         """Standard deviations `(heads, components, head_dim)`, or Cholesky

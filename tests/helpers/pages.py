@@ -25,14 +25,25 @@ GLOBALS = {
 }
 
 
+def public_names(module=keras_kt, prefix=""):
+    """Dotted names below `keras_kt` and their values, of public modules too."""
+    names = getattr(module, "__all__", None)
+    if names is None:
+        names = [
+            name
+            for name, value in vars(module).items()
+            if name[0] != "_"
+            and getattr(value, "__module__", None) == module.__name__
+        ]
+    for name in names:
+        value = getattr(module, name)
+        yield prefix + name, value
+        if inspect.ismodule(value):
+            yield from public_names(value, f"{prefix}{name}.")
+
+
 def documented():
-    """Public names, and those of public modules."""
-    for name in keras_kt.__all__:
-        value = getattr(keras_kt, name)
+    """Public functions and classes, those of public modules too."""
+    for name, value in public_names():
         if not inspect.ismodule(value):
             yield pytest.param(value, id=name)
-            continue
-        for inner, function in inspect.getmembers(value, inspect.isfunction):
-            is_own = function.__module__.startswith(value.__name__)
-            if is_own and inner[0] != "_":
-                yield pytest.param(function, id=f"{name}.{inner}")

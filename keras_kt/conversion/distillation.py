@@ -1,10 +1,18 @@
-"""Distillation: the spectral prior learns a teacher's attention, by layers."""
+"""Distillation: the spectral prior learns a teacher's attention, by layers.
+
+Layers are given the inputs of their teacher's layers, so that they learn in
+parallel and errors do not accumulate. Gradients reach priors, maps and, if
+asked for, the query and key projections.
+"""
 
 import keras
 import tensorflow as tf
 
 from keras_kt import _checks
-from keras_kt.conversion import errors
+from keras_kt.conversion.batches import repeated_batches
+from keras_kt.conversion.capture import taught
+from keras_kt.conversion.estimate import estimate, squared_errors
+from keras_kt.conversion.find import pairs_of_layers
 from keras_kt.conversion.probe import kept_losses
 
 TARGETS = ("output", "matrix")
@@ -47,7 +55,7 @@ def distill(
     >>> softmax = keras.Model(x, y)
     >>> linear, _ = keras_kt.convert_attention(softmax)
     >>> batch = np.random.normal(size=(1, 50, 8)).astype("float32")
-    >>> history = keras_kt.distill(linear, softmax, batch, steps=3)
+    >>> history = keras_kt.conversion.distill(linear, softmax, batch, steps=3)
     >>> len(history), list(history[0])
     (3, ['attention'])
     """
@@ -57,9 +65,10 @@ def distill(
     schedules = keras.optimizers.schedules.LearningRateSchedule
     if not isinstance(learning_rate, schedules):
         learning_rate = _checks.number("learning_rate", learning_rate)
-    pairs = errors.pairs_of_layers(student, teacher)
+    pairs = pairs_of_layers(student, teacher)
+    layers = {path: layer for path, layer, _ in pairs}
     variables = []
-    for _, layer, _ in pairs:
+    for layer in layers.values():
         variables += layer.spectral_prior.trainable_variables
         variables += layer.feature_map.trainable_variables
         if train_projections:
@@ -78,8 +87,8 @@ def distill(
     def step(inputs):
         with tf.GradientTape() as tape:
             losses = {
-                path: _loss(item, target)
-                for path, item in errors.teach(pairs, teacher, inputs)
+                path: _loss(layers[path], heads, target)
+                for path, heads in taught(pairs, teacher, inputs).items()
             }
             total = tf.add_n(list(losses.values()))
         gradients = tape.gradient(
@@ -89,7 +98,7 @@ def distill(
         return losses
 
     history = []
-    for inputs in _repeated(data, steps):
+    for inputs in repeated_batches(data, steps):
         inputs = keras.tree.map_structure(tf.convert_to_tensor, inputs)
         with kept_losses(student):
             losses = step(inputs)
@@ -97,26 +106,14 @@ def distill(
     return history
 
 
-def _loss(item, target):
-    output, weights = errors.estimate(item.layer, *item[2:6])
+def _loss(layer, heads, target):
+    output, weights = estimate(layer, *heads[:4])
     if target == "matrix":
         log_weights = tf.math.log(tf.maximum(weights, 1e-9))
-        rows = tf.reduce_any(item.visible, axis=-1)
+        rows = tf.reduce_any(heads.visible, axis=-1)
         count = tf.reduce_sum(
             tf.cast(rows, tf.float32) * tf.ones_like(weights[..., 0])
         )
-        return -tf.reduce_sum(item.weights * log_weights) / count
-    exact = tf.einsum("bhts,bshe->bthe", item.weights, item.value)
-    axes = (0, 1, 3)
-    error = tf.reduce_sum(tf.square(output - exact), axes)
-    return tf.reduce_mean(error / (tf.reduce_sum(exact**2, axes) + 1e-9))
-
-
-def _repeated(data, steps):
-    """`steps` batches, from the start again when data end."""
-    if isinstance(data, tf.data.Dataset):
-        yield from errors.input_batches(data.repeat(), steps)
-        return
-    batches = errors.input_batches(data, steps)
-    for number in range(steps):
-        yield batches[number % len(batches)]
+        return -tf.reduce_sum(heads.weights * log_weights) / count
+    _, error, _, norm = tf.unstack(squared_errors(output, weights, heads))
+    return tf.reduce_mean(error / (norm + 1e-9))
