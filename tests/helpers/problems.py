@@ -71,7 +71,7 @@ def bind(prior, feature_map, near=0):
     bound = feature_map.bind(frequencies)
     if not near:
         return bound, None
-    return bound, ops.NearField(feature_map.bind_exact(frequencies), near)
+    return bound, ops.NearField(feature_map.exact_kernel(prior), near)
 
 
 def bound_map(name):

@@ -1,0 +1,1 @@
+"""Attention beside its peers: `python -m benchmarks.attention --help`."""

@@ -1,0 +1,91 @@
+"""Time and memory of attention against its peers and the device's own GEMMs.
+
+Every column runs at the same batch × length. Repeats are interleaved, so that
+a busy machine slows all columns alike: read ratios, not milliseconds. Before
+anything is timed, each column is compared with float64 softmax attention, and
+ours with its own kernel formed explicitly.
+
+    python -m benchmarks.attention                     # time, core and layer
+    python -m benchmarks.attention --memory            # peak memory too
+    python -m benchmarks.attention --decode            # one token at a time
+    pip download --no-deps tf-models-official==2.20.0  # for the peer column
+    python -m benchmarks.attention --model-garden tf_models_official-*.whl
+"""
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import tensorflow as tf
+
+from benchmarks.attention import report
+from benchmarks.attention.columns import check_agreement
+from benchmarks.attention.decode import decode
+from benchmarks.attention.memory import memory, peak_of_one
+from benchmarks.attention.timing import timings
+
+LENGTHS = (256, 384, *(2**n for n in range(9, 17)))
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.attention",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--lengths", type=int, nargs="+", default=LENGTHS)
+    add("--tokens", type=int, default=4096, help="batch × length")
+    add("--heads", type=int, default=8)
+    add("--head-dim", type=int, default=64)
+    add("--features", type=int, default=128)
+    add("--repeats", type=int, default=9)
+    add("--budget", type=float, default=10, help="seconds per slow column")
+    add("--levels", nargs="+", default=["core", "layer"])
+    add("--positions", type=int, nargs="+", default=[100, 1024, 16384, 10**6])
+    add("--model-garden", help="wheel of tf-models-official 2.20.0")
+    add("--memory", action="store_true", help="peak memory of the core")
+    add("--decode", action="store_true", help="time of one token")
+    add("--no-timings", action="store_true")
+    add("--output", default="results/attention")
+    add("--plot", type=Path, help="draw this JSON again, measure nothing")
+    add("--peak", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        name, length, jit = args.peak
+        return peak_of_one(args, name, int(length), jit)
+    if args.plot:
+        return report.draw(json.loads(args.plot.read_text()), args.plot)
+    record = {
+        # Names, not paths, of this machine's files.
+        "arguments": {
+            **vars(args),
+            "model_garden": args.model_garden and Path(args.model_garden).name,
+        },
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+        "errors": check_agreement(args),
+    }
+    if not args.no_timings:
+        record["timings"] = timings(args)
+    if args.memory:
+        print("\npeak memory, core, forward + backward, batch 1")
+        record["memory"] = memory(args)
+    if args.decode:
+        record["decode"] = decode(args)
+    path = Path(args.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(report.dumps(record))
+    path.with_suffix(".md").write_text(report.tables(record))
+    print(f"wrote {path.with_suffix('.json')} and {path.with_suffix('.md')}")
+    report.draw(record, path)
+
+
+if __name__ == "__main__":
+    main()

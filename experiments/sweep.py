@@ -1,0 +1,137 @@
+"""Runs tasks × attentions × seeds, and makes the tables and pictures of them.
+
+Each run is a process of its own, with a log and checkpoints in --work, and adds
+its row to the study. A sweep that was stopped goes on: what has a row is not
+run again, unless --again says so; what has a checkpoint is resumed.
+
+    python -m experiments sweep --data-dir DATA                # everything
+    python -m experiments sweep --data-dir DATA --tasks listops --attention \\
+        softmax GMM-PRF --seeds 0 1 2 --jobs 2
+
+Flags after `--` go to every run: `-- --steps 20` for a trial. Flags beside a
+name go to its runs: `--attention "normal:positive --qk-norm l2"`.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from experiments import records, report
+from experiments.flags import split_attention
+from experiments.tasks import SYSTEMS, TASKS
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCKS = defaultdict(threading.Lock)
+
+
+def main(argv):
+    args = parse_args(argv)
+    jobs = [
+        dict(zip(records.KEYS, (task, *attention, seed), strict=True))
+        for task in args.tasks
+        for seed in args.seeds
+        for attention in args.attention
+    ]
+    failed = run_all(jobs, args)
+    if failed:
+        print(f"{len(failed)} runs failed: {', '.join(failed)}")
+    report.write(args.results)
+    return bool(failed)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--attention", nargs="+", default=list(SYSTEMS))
+    add("--seeds", nargs="+", type=int, default=[0])
+    add("--jobs", type=int, default=1, help="runs at a time")
+    add("--data-dir", type=Path, default=".", help="a folder")
+    add("--results", type=Path, default="results/experiments", help="a folder")
+    add("--work", type=Path, default="runs", help="for logs and checkpoints")
+    add("--again", action="store_true", help="run what has a row, too")
+    add("flags", nargs="*", help="after `--`: flags of every run")
+    args = parser.parse_args(argv)
+    args.attention = [split_attention(text) for text in args.attention]
+    return args
+
+
+def run_all(jobs, args):
+    """Runs what has no row yet; returns the names of failed runs."""
+    done = set() if args.again else set(map(name, records.read(args.results)))
+    waiting = [job for job in jobs if name(job) not in done]
+    print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done before")
+    failed = []
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        futures = {pool.submit(run, job, args): job for job in waiting}
+        finished = concurrent.futures.as_completed(futures)
+        for number, future in enumerate(finished, 1):
+            seconds, code, last = future.result()
+            label = name(futures[future])
+            if code:
+                failed.append(label)
+                last = f"FAILED, see {args.work / label}.log: {last}"
+            print(
+                f"[{number}/{len(waiting)}, {seconds / 60:.1f} minutes] {last}",
+                flush=True,
+            )
+    return failed
+
+
+def run(job, args):
+    """Seconds, exit code and last words of one run."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    path = args.work / name(job)
+    log = path.with_name(f"{path.name}.log")
+    command = [
+        *(sys.executable, "-m", "experiments", job["task"]),
+        *("--attention", job["attention"], *shlex.split(job["flags"])),
+        *("--seed", str(job["seed"])),
+        *("--data-dir", str(args.data_dir)),
+        *("--results", str(args.results)),
+    ]
+    lock = LOCKS[path]
+    if TASKS[job["task"]].module == "glue":
+        # What one pretrains, the next takes.
+        pretrained = args.work / f"{name({**job, 'task': 'pretrained'})}.npz"
+        command += ["--pretrained", str(pretrained)]
+        lock = LOCKS[pretrained]
+    if not args.again:
+        command += ["--checkpoints", str(path)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
+    }
+    if args.jobs > 1:
+        # Else every run would start a thread for each core.
+        threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
+        environment["TF_NUM_INTRAOP_THREADS"] = threads
+        environment["TF_NUM_INTEROP_THREADS"] = threads
+    start = time.perf_counter()
+    with lock, log.open("a") as file:
+        code = subprocess.run(
+            [*command, *args.flags],
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        ).returncode
+    lines = [x for x in log.read_text().splitlines() if ": test " in x]
+    lines = lines or log.read_text().splitlines() or [""]
+    return time.perf_counter() - start, code, lines[-1]
+
+
+def name(row):
+    return f"{row['task']}-{records.label(row)}-{row['seed']}"
