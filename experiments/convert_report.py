@@ -30,11 +30,11 @@ def draw(name, model, calibration, inputs, args):
         for path in calibration.after.layers
     }
     figures = {
-        "errors": keras_kt.diagnostics.plots.plot_errors(calibration.after)
+        "errors": plots.plot_errors(calibration.after)
     }
     for number, each in enumerate(maps):
         figures[f"attention_{number}"] = (
-            keras_kt.diagnostics.plots.plot_attention(
+            plots.plot_attention(
                 each, head=typical[each.path]
             )
         )

@@ -63,6 +63,8 @@ def attend(
         and the state after the last token; `None` where there is none.
     """
     tokens = query, key, value, feature_map
+    if decay is not None:
+        decay = scaling.visible_decay(decay, key_mask)
     options = {"key_mask": key_mask, "decay": decay}
     if attention_mask is not None:
         options |= {"attention_mask": attention_mask, "near": near}
@@ -105,6 +107,8 @@ def attend_with_matrix(
         Outputs as in `attend`, and the attention weights
         `(batch, heads, query_length, key_length)`.
     """
+    if decay is not None:
+        decay = scaling.visible_decay(decay, key_mask)
     return quadratic.attend(
         query,
         key,

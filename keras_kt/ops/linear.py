@@ -71,7 +71,8 @@ def causal(
     it is formed again in a slower way.
 
     Args:
-        query, key, value, feature_map, key_mask, decay: as in `ops.attend`.
+        query, key, value, feature_map, key_mask: as in `ops.attend`.
+        decay: likewise, zero where masked.
         state: `AttentionState` to resume from; `None` starts anew.
         with_scale: whether to return the scale of positive features, too.
 
@@ -94,7 +95,7 @@ def causal(
 
     sums, state = scan(
         with_rows(chunks.attend),
-        _tokens(query, key, value, key_mask, decay),
+        _tokens(query, key, value, decay),
         blocks,
         results=2 if with_scale else _results(feature_map),
         carry=_constant_scale(*state),
@@ -110,7 +111,7 @@ def causal(
 def step(query, key, value, feature_map, *, key_mask=None, decay=None, state):
     """`causal` of one token, at O(feature_dim · value_dim)."""
     repeats = query.shape[2] // key.shape[2]
-    tokens = _tokens(query, key, value, key_mask, decay)
+    tokens = _tokens(query, key, value, decay)
     keep = None
     if key_mask is not None:
         keep = tf.cast(key_mask, "bool")[:, tf.newaxis, :, tf.newaxis]
@@ -122,11 +123,11 @@ def step(query, key, value, feature_map, *, key_mask=None, decay=None, state):
     return scaling.Sums(*sums), AttentionState(*state)
 
 
-def _tokens(query, key, value, key_mask, decay):
+def _tokens(query, key, value, decay):
     """Inputs of a causal scan."""
     tokens = [heads.share(query, query.shape[2] // key.shape[2]), key, value]
     if decay is not None:
-        tokens.append(scaling.visible_decay(decay, key_mask))
+        tokens.append(decay)
     return tokens
 
 

@@ -25,7 +25,7 @@ def attend(
     decay=None,
     near=None,
 ):
-    """As `ops.attend_with_matrix`."""
+    """As `ops.attend_with_matrix`, with a decay of zero where masked."""
     repeats = query.shape[2] // key.shape[2]
     if repeats > 1:
         attention_mask = _mask_to_batch(
@@ -45,7 +45,7 @@ def attend(
     visible = _visible(lengths, causal, keep, attention_mask)
     log_fading = 0.0
     if decay is not None:
-        decay = swap_heads(scaling.visible_decay(decay, key_mask))
+        decay = swap_heads(decay)
         log_fading = _log_fading(decay, lengths[0])
     exact = is_near = None
     if near is not None:
