@@ -280,11 +280,11 @@ def count_flops(labels, args):
     if labels["attention"] != "softmax":
         most = min(args.block_rows // HEADS, blocks.MAX_BLOCK)
         length = min(length, most)
-    blocks = labels["length"] / length
+    count = labels["length"] / length
     proto = lower(*maker({**labels, "length": length}, args)())
     module = _hlo.HloModule.from_serialized_hlo_module_proto(proto)
     client = jax.devices("cpu")[0].client
-    return blocks * _jax.hlo_module_cost_analysis(client, module)["flops"]
+    return count * _jax.hlo_module_cost_analysis(client, module)["flops"]
 
 
 def lower(function, specs):

@@ -3,6 +3,7 @@
 import keras_kt
 from experiments import records
 from experiments.convert_tasks import HEADS, TASKS
+from keras_kt.diagnostics import plots
 
 # What tells runs apart, and stages of a run.
 RUN = ("task", "seed")
@@ -29,14 +30,10 @@ def draw(name, model, calibration, inputs, args):
         )[HEADS // 2].head
         for path in calibration.after.layers
     }
-    figures = {
-        "errors": plots.plot_errors(calibration.after)
-    }
+    figures = {"errors": plots.plot_errors(calibration.after)}
     for number, each in enumerate(maps):
-        figures[f"attention_{number}"] = (
-            plots.plot_attention(
-                each, head=typical[each.path]
-            )
+        figures[f"attention_{number}"] = plots.plot_attention(
+            each, head=typical[each.path]
         )
     for kind, figure in figures.items():
         figure.savefig(args.results / f"convert_{name}_{kind}.png", dpi=110)
