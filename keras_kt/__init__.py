@@ -24,8 +24,7 @@ from keras_kt.layers.transformer import (
     KernelizedTransformerDecoder,
     KernelizedTransformerEncoder,
 )
-from keras_kt.ops.states import AttentionState
-from keras_kt.ops.window import NearFieldState
+from keras_kt.ops.states import AttentionState, NearFieldState
 from keras_kt.priors import (
     DistributionPrior,
     FastFoodPrior,

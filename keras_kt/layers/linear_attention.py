@@ -21,7 +21,7 @@ from keras_kt.layers.axes import (
     select_rows,
     shared_mask,
 )
-from keras_kt.ops import states, window
+from keras_kt.ops import states
 
 _COUNT = functools.partial(_checks.integer, optional=True)
 # As in `kernel`, whose arguments are among them.
@@ -297,7 +297,7 @@ class LinearAttention(kernel.LearnedKernel):
             built layer.
         """
         if self.near_field:
-            return window.initial_near_field_state(
+            return states.initial_near_field_state(
                 batch_size, *self._state_sizes()
             )
         return states.initial_state(batch_size, *self._state_sizes())
@@ -306,7 +306,7 @@ class LinearAttention(kernel.LearnedKernel):
     def state_shapes(self):
         """Shapes of the state's tensors, as a state; `None` for the batch."""
         if self.near_field:
-            return window.near_field_state_shapes(*self._state_sizes())
+            return states.near_field_state_shapes(*self._state_sizes())
         return states.state_shapes(*self._state_sizes())
 
     def _state_sizes(self):

@@ -29,6 +29,22 @@ class AttentionState(NamedTuple):
     sums: tf.Tensor
 
 
+class NearFieldState(NamedTuple):
+    """State of a causal stream whose near field is exact.
+
+    Attributes:
+        far: the `AttentionState` of the tokens that have left the window.
+        key, value, decay: `(batch, window, heads, dim)`, the last tokens.
+        keep: `(batch, window)`, 1 where one of them is seen.
+    """
+
+    far: AttentionState
+    key: tf.Tensor
+    value: tf.Tensor
+    decay: tf.Tensor
+    keep: tf.Tensor
+
+
 def initial_state(
     batch_size, num_heads: int, feature_dim: int, value_dim: int
 ) -> AttentionState:
@@ -45,6 +61,32 @@ def state_shapes(
     return AttentionState(
         (None, num_heads, feature_dim),
         (None, num_heads, value_dim + 1, feature_dim),
+    )
+
+
+def initial_near_field_state(
+    batch_size,
+    num_heads: int,
+    feature_dim: int,
+    value_dim: int,
+    head_dim: int,
+    window: int,
+) -> NearFieldState:
+    """The state that has seen nothing, with a window of tokens."""
+    sizes = num_heads, feature_dim, value_dim
+    shapes = near_field_state_shapes(*sizes, head_dim, window)
+    far = initial_state(batch_size, *sizes)
+    return zeros(shapes, batch_size)._replace(far=far)
+
+
+def near_field_state_shapes(
+    num_heads: int, feature_dim: int, value_dim: int, head_dim: int, window: int
+) -> NearFieldState:
+    """Shapes of the state's tensors, `None` for the batch."""
+    return NearFieldState(
+        state_shapes(num_heads, feature_dim, value_dim),
+        *((None, window, num_heads, dim) for dim in (head_dim, value_dim, 1)),
+        (None, window),
     )
 
 

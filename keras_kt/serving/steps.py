@@ -8,8 +8,7 @@ import inspect
 
 import tensorflow as tf
 
-from keras_kt.ops.states import AttentionState
-from keras_kt.ops.window import NearFieldState
+from keras_kt.ops.states import AttentionState, NearFieldState
 
 _STATES = AttentionState, NearFieldState
 # Arguments of a model's `step` that are a mask of the tokens.

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 import keras_kt
 from keras_kt import ops
-from keras_kt.ops import states, window
+from keras_kt.ops import states
 from tests.helpers import cases, reference
 from tests.helpers.tensors import Identity, tokens_first, visible
 
@@ -132,7 +132,7 @@ def initial_state(query, value, bound, near):
     sizes = batch, heads, bound.width, value.shape[-1]
     if near is None:
         return states.initial_state(*sizes)
-    return window.initial_near_field_state(*sizes, dim, near.window)
+    return states.initial_near_field_state(*sizes, dim, near.window)
 
 
 def in_steps(query, key, value, bound, *, near=None, cuts=None, **rest):
