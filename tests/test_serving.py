@@ -277,6 +277,7 @@ def test_states_are_flat_named_and_of_fixed_size(streaming):
             assert outputs[name].shape.as_list() == shape
 
 
+@pytest.mark.slow
 def test_a_bare_layer_streams_too(tmp_path):
     layer = keras_kt.KernelizedAttention(3, 5, seed=1)
     x = runtimes.array((2, 7, 6))
