@@ -76,7 +76,7 @@ def test_split_and_resume_gives_the_same_answer_state_and_gradients(
             loss = tf.reduce_mean(output * upstream)
             loss += 1e-2 * tf.reduce_mean(tf.square(state.sums))
         gradients = tape.gradient(loss, arrays)
-        answers.append((output, *state, *gradients))
+        answers.append((output, *tf.nest.flatten(state), *gradients))
     for answer in answers[1:]:
         for one, whole in zip(answer, answers[0], strict=True):
             np.testing.assert_allclose(one, whole, atol=1e-5, rtol=1e-5)
@@ -273,8 +273,7 @@ def test_state_has_a_fixed_size_and_masked_tokens_leave_it_alone(name):
             key_mask=np.zeros((cases.BATCH, count), "bool"),
         )
         assert isinstance(after, type(state))
-        for old, new in zip(state, after, strict=True):
-            np.testing.assert_array_equal(old, new)
+        tf.nest.map_structure(np.testing.assert_array_equal, after, state)
 
 
 def _is_quick(*case):
@@ -332,3 +331,29 @@ def test_empty_sequences_are_empty_or_zero(name, algorithm):
         np.testing.assert_array_equal(output, np.zeros_like(output))
     output = attend(algorithm, query[:, :, :0], *none, bound)
     assert output.shape[2] == 0
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("name", MAPS)
+def test_query_heads_share_the_key_value_head_of_their_group(name, algorithm):
+    """Query head i uses key-value head i // 2; gradients of a group add."""
+    bound = problems.bound_map(name)
+    query, key, value = problems.inputs(BOUND[name][1], scale=0.5)
+    queries = [tf.constant(query), tf.constant(query[:, ::-1] + 0.1)]
+    key, value = tf.constant(key), tf.constant(value)
+    mask = cases.key_mask(cases.LENGTH)
+    upstream = problems.upstream_of((2, *value.shape))
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch([queries, key, value])
+        apart = tf.stack(
+            [attend(algorithm, x, key, value, bound, mask) for x in queries]
+        )
+        shape = tf.shape(query) * [1, 2, 1, 1]
+        joined = tf.reshape(tf.stack(queries, axis=2), shape)
+        output = attend(algorithm, joined, key, value, bound, mask)
+        groups = tf.stack([output[:, 0::2], output[:, 1::2]])
+        losses = [tf.reduce_sum(x * upstream) for x in (apart, groups)]
+    np.testing.assert_allclose(groups, apart, atol=1e-5)
+    wanted, got = (tape.gradient(x, [*queries, key, value]) for x in losses)
+    for one, other in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)

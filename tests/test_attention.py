@@ -11,7 +11,7 @@ import keras_kt
 from keras_kt import ops
 from keras_kt.layers import route as layer_route
 from tests.helpers import cases
-from tests.helpers.contract import layer_contract
+from tests.helpers.contract import layer_contract, one_quick
 from tests.helpers.tensors import array, wrong
 
 pytestmark = [
@@ -38,7 +38,7 @@ def pair_of(route, other, shape=QUERY, **kwargs):
 
 
 # Every prior once and every map at least twice; the algebra of all pairs is
-# tested in test_linear_attention.py.
+# tested in test_crossed.py.
 CONTRACT_PAIRS = (
     ("normal", "positive"),
     ("normal-isotropic", "positive-gaussian"),
@@ -54,7 +54,7 @@ CONTRACT_PAIRS = (
 )
 
 
-@pytest.mark.parametrize("prior_name, map_name", CONTRACT_PAIRS)
+@pytest.mark.parametrize("prior_name, map_name", one_quick(CONTRACT_PAIRS))
 def test_contract_of_every_prior_and_map(prior_name, map_name, tmp_path):
     layer_contract(
         lambda: make_layer(prior_name, map_name),
@@ -84,6 +84,7 @@ def make_layer(prior_name, map_name, **kwargs):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, call",
     (

@@ -111,8 +111,7 @@ def test_masked_tokens_leave_a_fading_state_alone():
         _, after = layer.step(
             1e6 * x[:, :count], state, value_mask=np.zeros((2, count), "bool")
         )
-        for old, new in zip(state, after, strict=True):
-            np.testing.assert_array_equal(old, new)
+        tf.nest.map_structure(np.testing.assert_array_equal, after, state)
 
 
 @pytest.mark.slow

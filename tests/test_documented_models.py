@@ -71,6 +71,7 @@ def check(models):
     return len(masked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_models_of_pages(page, built, tmp_path, monkeypatch):
     """The first model of README.md lost the mask in a sum before pooling."""
@@ -84,6 +85,7 @@ def test_models_of_pages(page, built, tmp_path, monkeypatch):
     assert check(built)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", list(documented()))
 def test_models_of_docstrings(value, built):
     text = inspect.getdoc(value) or ""
@@ -119,6 +121,7 @@ def test_every_example_that_masks_is_covered():
     assert masking == {*BUILDERS, "convert_pretrained"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["normal:positive", "softmax"])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_models_of_examples(name, attention, monkeypatch, tmp_path):
@@ -142,6 +145,7 @@ def test_models_of_examples(name, attention, monkeypatch, tmp_path):
     assert_padding_is_not_seen(short, long, count, padding)
 
 
+@pytest.mark.slow
 def test_model_of_convert_pretrained(monkeypatch, built):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     importlib.import_module("convert_pretrained").Classifier.build()

@@ -96,7 +96,9 @@ def test_attention_dropout_is_kept_unless_asked():
         keras_kt.convert_attention(bert())
 
 
-@pytest.mark.parametrize("make", [bert, gpt2])
+@pytest.mark.parametrize(
+    "make", [bert, pytest.param(gpt2, marks=pytest.mark.slow)]
+)
 def test_calibration_distillation_and_fine_tuning_run(make, tmp_path):
     model = make()
     x = inputs(model)

@@ -60,7 +60,10 @@ def lower(step):
     return step.experimental_get_compiler_ir(*step.input_signature)("hlo")
 
 
-@pytest.mark.parametrize("feature_map", ["positive", "trigonometric"])
+@pytest.mark.parametrize(
+    "feature_map",
+    ["positive", pytest.param("trigonometric", marks=pytest.mark.slow)],
+)
 def test_full_precision_reaches_every_product(feature_map, full_precision):
     """On a TPU, float32 products are bfloat16 passes unless asked."""
     x = keras.random.normal((2, 50, WIDTH), seed=0)
@@ -125,9 +128,14 @@ def test_projection_survives_rounded_products(monkeypatch):
     "options, split",
     [
         ({"feature_map": "positive"}, 4),
-        ({"feature_map": "trigonometric"}, 2),
-        ({"spectral_prior": "mixture"}, 8),
-        ({"near_field": 3}, 5),
+        *(
+            pytest.param(options, split, marks=pytest.mark.slow)
+            for options, split in (
+                ({"feature_map": "trigonometric"}, 2),
+                ({"spectral_prior": "mixture"}, 8),
+                ({"near_field": 3}, 5),
+            )
+        ),
     ],
 )
 def test_split_products_are_lowered(options, split, monkeypatch):
@@ -153,8 +161,21 @@ def test_split_products_are_lowered(options, split, monkeypatch):
     assert products() == before + 2 * split
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("feature_map", ["positive", "trigonometric"])
+@pytest.mark.parametrize(
+    "feature_map, is_causal",
+    [
+        # Its counts are the running sums that there are.
+        ("trigonometric", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("trigonometric", False),
+                ("positive", True),
+                ("positive", False),
+            )
+        ),
+    ],
+)
 def test_no_running_sum_is_as_long_as_the_sequence(feature_map, is_causal):
     """XLA sums a running sum anew at every position: O(length²)."""
     text = lower(training_step(feature_map, is_causal))

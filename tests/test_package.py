@@ -62,6 +62,7 @@ def test_public_functions_are_documented(path):
                 assert ast.get_docstring(node), f"{name}.{node.name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", list(documented()))
 def test_docstring_examples_run_as_written(value):
     parser = doctest.DocTestParser()
@@ -72,6 +73,7 @@ def test_docstring_examples_run_as_written(value):
     assert runner.run(examples).failed == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_documented_code_runs_as_written(page, tmp_path, monkeypatch):
     """All Python blocks of a page, one after the other, in one namespace."""

@@ -197,8 +197,20 @@ LOOKED_UP = {
     *(name for name in MIXTURE if name.split("_")[-1].endswith("izer")),
     "diagonal_regularizer",
 }
+# What takes its arguments from a class above does not check them itself.
+DERIVED = {
+    keras_kt.CachedKernelizedAttention: ATTENTION,
+    keras_kt.KernelizedTransformerEncoder: {**OPTIONS, **INITIALIZERS},
+    keras_kt.KernelizedTransformerDecoder: BLOCK,
+    keras_kt.MixturePrior: GAUSSIAN,
+}
 ROWS = [
-    pytest.param(kind, name, id=f"{kind.__name__}-{name}")
+    pytest.param(
+        kind,
+        name,
+        id=f"{kind.__name__}-{name}",
+        marks=pytest.mark.slow if name in DERIVED.get(kind, ()) else (),
+    )
     for kind, (_, _, arguments) in CLASSES.items()
     for name in arguments
 ]

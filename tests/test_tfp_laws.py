@@ -220,7 +220,16 @@ def weighted(draw):
     return omega, weights
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # Its quantile takes XLA 8 s.
+        pytest.param(name, marks=pytest.mark.slow)
+        if name == "GeneralizedNormal"
+        else name
+        for name in EACH
+    ],
+)
 def test_a_draw_is_the_same_eagerly_in_a_graph_and_under_xla(name):
     prior = prior_of(name)
     prior.build((HEADS, ROWS, DIM))
@@ -413,6 +422,7 @@ def test_trained_loaded_and_served_models_agree(part, tmp_path):
             np.testing.assert_allclose(other, answer, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_reported_mixture_is_the_same_under_xla_and_served(tmp_path):
     """Drew other frequencies by 7.8 under XLA than in the export."""
     prior = keras_kt.DistributionPrior(factorised_mixture, _MIXED)

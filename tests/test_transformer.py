@@ -28,7 +28,6 @@ def normal(*shape, seed=0):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {
             "normalize_first": True,
             "local_context": 5,
@@ -39,6 +38,7 @@ def normal(*shape, seed=0):
             "kernel_initializer": "he_normal",
             "layer_norm_epsilon": 1e-3,
         },
+        pytest.param({}, marks=pytest.mark.slow),
     ],
 )
 def test_encoder_keeps_the_contract(options, tmp_path):
@@ -51,6 +51,7 @@ def test_decoder_keeps_the_contract(tmp_path):
     contract.layer_contract(decoder, [(2, 11, WIDTH)], tmp_path)
 
 
+@pytest.mark.slow
 def test_decoder_with_encoder_keeps_the_contract(tmp_path):
     contract.layer_contract(
         decoder, [(2, 11, WIDTH), (2, 7, WIDTH + 1)], tmp_path

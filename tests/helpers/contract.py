@@ -2,7 +2,18 @@
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
+
+
+def one_quick(cases):
+    """Cases of a contract: the first in the quick suite, the rest slow.
+
+    A contract compiles, fits and exports: 10 s and more.
+    """
+    first, *rest = cases
+    slow = [case if isinstance(case, tuple) else (case,) for case in rest]
+    return [first, *(pytest.param(*x, marks=pytest.mark.slow) for x in slow)]
 
 
 def layer_contract(

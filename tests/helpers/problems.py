@@ -126,9 +126,9 @@ def attend(algorithm, query, key, value, bound, mask=None, **options):
     return tokens_first(output)[0]
 
 
-def initial_state(query, value, bound, near):
+def initial_state(key, value, bound, near):
     """The state of a stream before its first token."""
-    batch, _, heads, dim = query.shape
+    batch, _, heads, dim = key.shape
     sizes = batch, heads, bound.width, value.shape[-1]
     if near is None:
         return states.initial_state(*sizes)
@@ -144,7 +144,7 @@ def in_steps(query, key, value, bound, *, near=None, cuts=None, **rest):
     length = query.shape[1]
     cuts = cuts or sorted({0, 1, 2, 7, length - 1, length})
     cuts = [cut for cut in cuts if cut <= length]
-    state = initial_state(query, value, bound, near)
+    state = initial_state(key, value, bound, near)
     shapes = [x.shape for x in tf.nest.flatten(state)]
     outputs = []
     for start, end in zip(cuts[:-1], cuts[1:], strict=True):
