@@ -125,7 +125,7 @@ def test_calibration_distillation_and_fine_tuning_run(make, tmp_path):
         converted.save(tmp_path / "model.keras")
 
 
-@pytest.mark.filterwarnings("ignore:a dense `attention_mask` costs")
+@pytest.mark.filterwarnings("ignore:a dense mask")
 def test_generation_with_a_cache_is_generation_without():
     """Greedy, token by token, against calls on the whole prefix."""
     converted, _ = keras_kt.convert_attention(gpt2(), dropout=0.0)
