@@ -9,7 +9,7 @@ beside the error of replacing attention by the uniform matrix.
 """
 
 import argparse
-import json
+import csv
 import os
 from pathlib import Path
 
@@ -72,6 +72,16 @@ def errors(args, tau, num_features):
 
 def _relative(estimate, exact):
     return float(np.linalg.norm(estimate - exact) / np.linalg.norm(exact))
+
+
+def write(rows, path):
+    """A line a row; its errors, one a seed, stand in one cell."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(rows[0])
+        for row in rows:
+            errors = " ".join(map(str, row["errors"]))
+            writer.writerow([*list(row.values())[:-1], errors])
 
 
 def plot(rows, path):
@@ -145,13 +155,12 @@ def main():
                 )
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"arguments": vars(args), "rows": rows}
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    write(rows, path.with_suffix(".csv"))
     try:
         plot(rows, path.with_suffix(".png"))
     except ImportError:
         print("matplotlib is missing: pip install 'keras_kt[plot]' for a plot")
-    print(f"wrote {path.with_suffix('.json')} and {path.with_suffix('.png')}")
+    print(f"wrote {path.with_suffix('.csv')} and {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -189,10 +189,9 @@ def load_mnist5k(args):
     # As many of each digit in the test, the same for every seed.
     order = np.random.default_rng(0).permutation(len(y))
     order = order[np.argsort(y[order], kind="stable")].reshape(10, -1)
-    train, test = order[:, :400].ravel(), order[:, 400:].ravel()
-    return split(
-        (x[train], y[train]), (x[test], y[test]), 400, args.preset.examples
-    )
+    parts = np.split(order, [4 * order.shape[1] // 5], axis=1)
+    train, test = ((x[i.ravel()], y[i.ravel()]) for i in parts)
+    return split(train, test, 400, args.preset.examples)
 
 
 def load_pathfinder(args):

@@ -518,7 +518,6 @@ def test_step_compiles_and_takes_a_state_of_dynamic_batch():
     spec = keras_kt.AttentionState(
         tf.TensorSpec((None, 3, 10)),
         tf.TensorSpec((None, 3, 6, 10)),
-        tf.TensorSpec((None,)),
     )
     step = tf.function(
         layer.step, input_signature=[tf.TensorSpec((None, None, 6)), spec]

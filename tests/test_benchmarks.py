@@ -6,6 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tensorflow as tf
+
+from benchmarks import approximation
+from benchmarks.attention import report, timing
+from tests.helpers.scripts import command
 
 ROOT = Path(__file__).parent.parent
 TINY = "--length 11 --heads 2 --head-dim 4 --blocks 1".split()
@@ -29,3 +34,73 @@ def test_tracing_counts_and_times(flags, tmp_path):
     table = path.with_suffix(".md").read_text()
     assert f"| causal | 1 | {ours:,} |" in table
     assert str(tmp_path) not in path.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("name", ["attention", "memory"])
+def test_tables_of_attention_come_from_the_record(name, tmp_path):
+    path = ROOT / "results" / f"{name}.json"
+    record = json.loads(path.read_text())
+    assert report.dumps(record) == path.read_text()
+    assert report.tables(record) == path.with_suffix(".md").read_text()
+    report.draw(record, tmp_path / name)
+    assert (tmp_path / f"{name}.png").stat().st_size > 0
+
+
+def test_slow_columns_stop_early_and_others_do_not():
+    calls = []
+
+    def column(name):
+        def call():
+            calls.append(name)
+            return tf.constant(0.0)
+
+        return call
+
+    first, seconds = timing.measure({n: column(n) for n in "ab"}, 4, budget=-1)
+    # Once to compile, once to warm up, then in turn.
+    assert calls == ["a", "a", "b", "b", "a", "b", "a", "b"]
+    assert {name: len(times) for name, times in seconds.items()} == {
+        "a": 2,
+        "b": 2,
+    }
+    assert set(first) == {"a", "b"}
+
+
+@pytest.mark.slow
+def test_attention_checks_itself_and_decodes(tmp_path):
+    done = command(
+        *("-m", "benchmarks.attention", "--no-timings", "--decode"),
+        *"--positions 3 20 --heads 2 --head-dim 4 --features 8".split(),
+        *("--repeats", 1, "--output", tmp_path / "attention"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "linear against quadratic" in done.stdout
+    record = json.loads((tmp_path / "attention.json").read_text())
+    sizes = {(row["column"], row["position"]): row for row in record["decode"]}
+    ours = [sizes["ours", position]["bytes"] for position in (3, 20)]
+    theirs = [sizes["cache", position]["bytes"] for position in (3, 20)]
+    assert ours[0] == ours[1] and 3 * theirs[1] == 20 * theirs[0]
+    table = (tmp_path / "attention.md").read_text()
+    assert f"| ours | 20 | {1e6 * sizes['ours', 20]['median']:.0f} " in table
+
+
+@pytest.mark.slow
+def test_attention_measures_peaks():
+    done = command(
+        *("-m", "benchmarks.attention", "--peak", "softmax", 512, "no-XLA"),
+        *"--heads 2 --head-dim 4 --features 8".split(),
+    )
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[-1])
+    # Two heads' scores and their gradients, 2 MiB each.
+    assert row["peak"] > 4 * 2**20 and row["tensors"] == 8 * 4 * 512 * 8
+
+
+def test_errors_of_approximations_are_one_a_row(tmp_path):
+    rows = [
+        {"tau": 0.5, "num_features": 64, "median": 0.1, "errors": [0.1, 0.2]}
+    ]
+    approximation.write(rows, tmp_path / "x.csv")
+    assert (tmp_path / "x.csv").read_text() == (
+        "tau,num_features,median,errors\n0.5,64,0.1,0.1 0.2\n"
+    )

@@ -1,7 +1,7 @@
 """Several replicas compute what one device computes.
 
 Devices are configured before TensorFlow starts, so runs are processes of their
-own: this module's `main`, or the example.
+own: this module's `main`, or `python -m experiments distributed`.
 """
 
 import contextlib
@@ -22,7 +22,6 @@ import tensorflow as tf
 import keras_kt
 
 ROOT = Path(__file__).parent.parent
-EXAMPLE = ROOT / "examples" / "distributed.py"
 STEPS = 20
 TOLERANCE = 1e-5
 BATCH, LENGTH, WIDTH = 6, 37, 12
@@ -136,9 +135,11 @@ def test_replicas_hold_the_same_draw(mirrored, redraw):
     np.testing.assert_allclose(together, alone, atol=1e-4)
 
 
-def run_example(*arguments, **variables):
+def run_experiment(*arguments, **variables):
+    words = ("-m", "experiments", "distributed", "--steps", STEPS, *arguments)
     return subprocess.Popen(
-        [sys.executable, EXAMPLE, "--steps", str(STEPS), *map(str, arguments)],
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
         env=environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -154,7 +155,7 @@ def start_workers(*arguments):
             one.bind(("127.0.0.1", 0))
         ports = [one.getsockname()[1] for one in sockets]
     return [
-        run_example(
+        run_experiment(
             *("--strategy", "multiworker", *arguments),
             TF_CONFIG=json.dumps(
                 {
@@ -188,7 +189,7 @@ def assert_same(got, expected):
 
 @pytest.fixture(scope="module")
 def one_device():
-    return finish(run_example())
+    return finish(run_experiment())
 
 
 @pytest.mark.slow
@@ -234,8 +235,8 @@ def test_killed_worker_resumes_on_the_same_curve(one_device, tmp_path):
         ),
     ],
 )
-def test_example_says_what_is_missing(arguments, words):
-    process = run_example(*arguments)
+def test_experiment_says_what_is_missing(arguments, words):
+    process = run_experiment(*arguments)
     _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 1
     assert re.search(words, errors), errors[-2000:]

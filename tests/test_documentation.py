@@ -72,8 +72,8 @@ def test_names_in_tables_exist(header, rows):
     choices = {*map(str, _choices())}
     scripts = "".join(
         path.read_text()
-        for folder in ("examples", "benchmarks")
-        for path in (ROOT / folder).glob("*.py")
+        for folder in ("examples", "experiments", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
     )
     for text in [
         text for row in [header, *rows] for c in row for text in code(c)

@@ -1,7 +1,6 @@
 """Every documented model that masks its padding does not see it."""
 
 import doctest
-import importlib
 import inspect
 import re
 
@@ -10,9 +9,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.pages import GLOBALS, PAGES, ROOT, documented
-from tests.helpers.scripts import arguments
+from tests.helpers.scripts import arguments, example, script
 
-EXAMPLES = ROOT / "examples"
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -98,36 +96,42 @@ def test_models_of_docstrings(value, built):
     assert check(built)
 
 
-def sentence_pairs(task, args):
-    return task.build_classifier(task.build_encoder(9, args), args)
+def sentences(task, args):
+    encoder = script("pretraining").build_encoder(9, args)
+    return task.build_classifier(encoder, args)
 
 
-# How the example's model is made; `convert_pretrained` is of any length.
+# How an experiment's model is made.
 BUILDERS = {
-    "document_retrieval": lambda task, args: task.build_tower(args),
+    "retrieval": lambda task, args: task.build_tower(args),
     "dna": lambda task, args: task.build_model(args),
     "listops": lambda task, args: task.build_model(args),
-    "sentence_pairs": sentence_pairs,
-    "text_classification": lambda task, args: task.build_model(args),
+    "glue": sentences,
+    "text": lambda task, args: task.build_model(args),
 }
 
 
-def test_every_example_that_masks_is_covered():
-    masking = {
+def masking(folder):
+    return {
         path.stem
-        for path in EXAMPLES.glob("*.py")
+        for path in (ROOT / folder).glob("*.py")
         if "mask_zero" in path.read_text()
     }
-    assert masking == {*BUILDERS, "convert_pretrained"}
+
+
+def test_every_script_that_masks_is_covered():
+    # The encoder of `glue` is made by `pretraining`.
+    others = {"convert_tasks", "pretraining"}
+    assert masking("experiments") == {*BUILDERS, *others} - {"glue"}
+    assert masking("examples") == {"convert_pretrained", "text_classification"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["normal:positive", "softmax"])
 @pytest.mark.parametrize("name", BUILDERS)
-def test_models_of_examples(name, attention, monkeypatch, tmp_path):
+def test_models_of_experiments(name, attention, tmp_path):
     """The same weights at two lengths, of which positions are cut."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    task = importlib.import_module(name)
+    task = script(name)
     sizes = {"width": 8, "heads": 2, "key_dim": 4, "hidden": 8, "blocks": 2}
     stride = getattr(task.PRESETS["cpu"], "stride", 1)
     lengths = 4 * stride, 16 * stride
@@ -146,7 +150,18 @@ def test_models_of_examples(name, attention, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_model_of_convert_pretrained(monkeypatch, built):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    importlib.import_module("convert_pretrained").Classifier.build()
-    assert check(built)
+def test_models_of_the_conversion(built):
+    """They are of any length."""
+    script("convert_tasks").Classifier.build()
+    example("convert_pretrained").build_model()
+    assert check(built) == 2
+
+
+@pytest.mark.slow
+def test_model_of_the_example_on_texts():
+    """It is of a fixed length, but has no positions."""
+    build_model = example("text_classification").build_model
+    short, long = build_model(5), build_model(50)
+    louder(long)
+    short.set_weights(long.get_weights())
+    assert_padding_is_not_seen(short, long)

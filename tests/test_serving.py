@@ -5,7 +5,6 @@ loader and the kernels that TensorFlow Serving links too.
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -569,30 +568,3 @@ def test_lite_rt_runs_a_fixed_length_and_a_decode_step(feature_map):
         np.testing.assert_allclose(
             state.pop("y"), expected[:, index : index + 1], atol=1e-4
         )
-
-
-@pytest.mark.slow
-def test_text_example_learns_exports_and_reloads(tmp_path):
-    words = {"neg": b"dull and boring ", "pos": b"a great joy to see "}
-    for split in ("train", "test"):
-        for name, word in words.items():
-            folder = tmp_path / "aclImdb" / split / name
-            folder.mkdir(parents=True)
-            for index in range(40):
-                (folder / f"{index}.txt").write_bytes(word * (1 + index % 5))
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "examples" / "text_classification.py"),
-            *("--data-dir", str(tmp_path), "--export", str(tmp_path / "out")),
-            *("--examples", "64", "--steps", "40", "--length", "64"),
-            *("--draws", "2"),
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    accuracy = float(done.stdout.split("Test accuracy ")[1].split()[0])
-    assert accuracy > 0.9
-    assert (tmp_path / "out" / "reviews" / "1" / "saved_model.pb").exists()

