@@ -325,36 +325,35 @@ def test_lengths_may_be_unknown_and_different():
             np.testing.assert_allclose(call(*tensors), expected, atol=1e-5)
 
 
-def test_scaled_heads_and_bound_map_give_the_weights():
-    """The public pair, and the closed form, are of the kernel that is used."""
-    for qk_norm in (None, "l2"):
-        layer = make(
-            qk_norm=qk_norm,
-            num_features=4000,
-            spectral_prior=keras_kt.NormalPrior(radius="chi"),
-        )
-        query, key, value = heads()
-        _, scores = layer(query, key, value, return_attention_scores=True)
-        query, key = (
-            tf.transpose(x, (0, 2, 1, 3)) for x in layer.scaled(query, key)
-        )
-        query = tf.reshape(query, (BATCH, FEW, -1, DIM))
-        bound, exact = layer.bound(), layer.exact_kernel()
-        features = [tf.exp(bound(x)) for x in (query, key)]
-        kernel = tf.matmul(*features, transpose_b=True)
-        np.testing.assert_allclose(
-            tf.reshape(scores, kernel.shape),
-            kernel / tf.reduce_sum(kernel, -1, keepdims=True),
-            atol=1e-5,
-        )
+@pytest.mark.parametrize("qk_norm", (None, "l2"))
+@pytest.mark.parametrize("near_field", (None, LENGTH))
+def test_scaled_heads_give_the_weights(qk_norm, near_field):
+    """`bound`, and where all keys are near `exact_kernel`, of scaled heads."""
+    layer = make(qk_norm=qk_norm, near_field=near_field)
+    query, key, value = heads()
+    _, scores = layer(query, key, value, return_attention_scores=True)
+    query, key = (
+        tf.transpose(x, (0, 2, 1, 3)) for x in layer.scaled(query, key)
+    )
+    query = tf.reshape(query, (BATCH, FEW, -1, DIM))
+    if near_field:
+        exact = layer.exact_kernel()
         logits = tf.einsum(
             "bhtcd,bhscd->bhts", exact.queries(query), exact.keys(key)
         )
-        np.testing.assert_allclose(
-            tf.reshape(scores, kernel.shape), tf.nn.softmax(logits), atol=0.05
-        )
-        unit = layer.temperature
-        assert (unit is None) == (qk_norm is None)
+        weights = tf.nn.softmax(logits)
+        # Of a standard normal prior.
+        softmax = tf.nn.softmax(tf.matmul(query, key, transpose_b=True))
+        np.testing.assert_allclose(weights, softmax, atol=1e-5)
+    else:
+        bound = layer.bound()
+        features = [tf.exp(bound(x)) for x in (query, key)]
+        kernel = tf.matmul(*features, transpose_b=True)
+        weights = kernel / tf.reduce_sum(kernel, -1, keepdims=True)
+    np.testing.assert_allclose(
+        tf.reshape(scores, weights.shape), weights, atol=1e-5
+    )
+    assert (layer.temperature is None) == (qk_norm is None)
 
 
 def test_maps_without_a_closed_form_have_no_exact_kernel():

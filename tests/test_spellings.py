@@ -29,6 +29,26 @@ def cached(**kwargs):
     )
 
 
+def of_heads(**kwargs):
+    return keras_kt.LinearAttention(**{"num_heads": 6, "key_dim": 4} | kwargs)
+
+
+def with_heads(layer):
+    """A call of a layer of heads on a tensor of tokens."""
+
+    def call(x):
+        x = keras.ops.expand_dims(x[..., :1], 2)
+        few = layer.num_key_value_heads
+        sizes = (
+            (layer.num_heads, layer.key_dim),
+            (few, layer.key_dim),
+            (few, layer.value_dim),
+        )
+        return layer(*(keras.ops.tile(x, (1, 1, *size)) for size in sizes))
+
+    return call
+
+
 def encoder(**kwargs):
     return keras_kt.KernelizedTransformerEncoder(
         **{"intermediate_dim": 8, "num_heads": 2} | kwargs
@@ -96,6 +116,14 @@ ATTENTION = {
     **OPTIONS,
     **KERAS,
 }
+OF_HEADS = {
+    "num_heads": 3,
+    "key_dim": 5,
+    "value_dim": 7,
+    "num_key_value_heads": 3,
+    **{name: x for name, x in OPTIONS.items() if name != "use_bias"},
+    **KERAS,
+}
 BLOCK = {
     "intermediate_dim": 5,
     "num_heads": 3,
@@ -152,6 +180,7 @@ CLASSES = {
         with_itself,
         ATTENTION,
     ),
+    keras_kt.LinearAttention: (of_heads, with_heads, OF_HEADS),
     keras_kt.KernelizedTransformerEncoder: (encoder, lambda f: f, BLOCK),
     keras_kt.KernelizedTransformerDecoder: (decoder, lambda f: f, BLOCK),
     keras_kt.NormalPrior: (
