@@ -43,30 +43,20 @@ def scan(
         the length.
     """
     leaves = tf.nest.flatten(constants)
-    shared = [x for x in leaves if tf.is_tensor(x)]
-    sizes = [len(x) for x in (inputs, carry, memory, shared)]
-
-    def parts(tensors):
-        rest = iter(tensors)
-        return [[next(rest) for _ in range(size)] for size in sizes]
-
-    def run(function, keep, tensors):
-        tokens, carry, memory, shared = parts(tensors)
-        rest = iter(shared)
-        packed = [next(rest) if tf.is_tensor(x) else x for x in leaves]
-        packed = tf.nest.pack_sequence_as(constants, packed)
-        outputs, after, exact = function(tokens, keep, carry, memory, packed)
-        return outputs[:results], after, exact
+    tensors = [list(inputs), list(carry), list(memory)]
+    tensors.append([x for x in leaves if tf.is_tensor(x)])
+    steps = _Steps(body, otherwise, constants, results, list(map(len, tensors)))
 
     @written_gradient
     def walk_blocks(*tensors):
-        inputs, carry, memory, shared = parts(tensors)
+        inputs, carry, memory, shared = steps.parts(tensors)
         inputs = [blocks.pad(x) for x in inputs]
         start, memory = (
             [blocks.split_batch(x) for x in part] for part in (carry, memory)
         )
 
-        def block_at(group, block, carry):
+        def at(group, block, carry):
+            """What goes into a block."""
             return [
                 *(blocks.pick(x, group, block) for x in inputs),
                 *carry,
@@ -77,95 +67,133 @@ def scan(
         def forward(group, block, carry):
             carry = _restart(block == 0, [x[group] for x in start], carry)
             keep = blocks.keep(group, block)
-            tensors = block_at(group, block, carry)
-            outputs, after, exact = run(body, keep, tensors)
-            if otherwise is None:
-                return [*outputs, *carry], after
-
-            def again():
-                outputs, after, _ = run(otherwise, keep, tensors)
-                return [*outputs, *after]
-
-            # The carry is chosen outside: Grappler moves what only one branch
-            # reads into it, and tf2onnx reads no shapes there.
-            slow = tf.cond(
-                exact,
-                lambda: [*outputs, *map(tf.zeros_like, after)],
-                again,
-            )
-            after = _restart(exact, after, slow[results:])
-            exact = tf.cast(exact, tf.float32)
-            return [*slow[:results], *carry, exact], after
+            outputs, after, exact = steps.forward(keep, at(group, block, carry))
+            return [*outputs, *carry, *exact], after
 
         stacked, after, _ = _walk(
             forward,
             blocks,
             [x[0] for x in start],
-            results + len(start) + (otherwise is not None),
+            results + len(start) + steps.may_fail,
             len(start),
         )
-        outputs, kept = stacked[:results], stacked[results:]
-        outputs = [blocks.join(x) for x in outputs]
-        after = [blocks.join_batch(x) for x in after]
+        kept = stacked[results:]
 
         def gradient(*upstream):
-            of_outputs = [blocks.pad(x) for x in upstream[:results]]
-            of_after = [blocks.split_batch(x) for x in upstream[results:]]
+            of_results = [blocks.pad(x) for x in upstream[:results]]
             # At the last block of a group its sequences' gradients begin.
-            of_group = [*of_after, *map(tf.zeros_like, memory)]
+            last = [blocks.split_batch(x) for x in upstream[results:]]
+            last += [tf.zeros_like(x) for x in memory]
 
             def backward(group, block, sums):
                 index = group * blocks.count + block
-                keep = blocks.keep(group, block)
-                carry = [x[index] for x in kept[: len(start)]]
-                wanted = block_at(group, block, carry)
-                of_sequences = _restart(
-                    block == blocks.count - 1,
-                    [x[group] for x in of_group],
-                    sums[: len(of_group)],
+                carry, exact = (
+                    [x[index] for x in part]
+                    for part in (kept[: len(start)], kept[len(start) :])
                 )
-                of_carry = of_sequences[: len(start)]
-                of_results = [blocks.pick(x, group, block) for x in of_outputs]
+                sums[: len(last)] = _restart(
+                    block == blocks.count - 1,
+                    [x[group] for x in last],
+                    sums[: len(last)],
+                )
+                return steps.backward(
+                    blocks.keep(group, block),
+                    at(group, block, carry),
+                    exact,
+                    [blocks.pick(x, group, block) for x in of_results],
+                    sums,
+                )
 
-                def through(function):
-                    def again():
-                        outputs, after, _ = run(function, keep, wanted)
-                        return [*outputs, *after]
-
-                    return pullback(again, wanted, [*of_results, *of_carry])
-
-                if otherwise is None:
-                    gradients = through(body)
-                else:
-                    gradients = tf.cond(
-                        kept[-1][index] > 0.0,
-                        lambda: through(body),
-                        lambda: through(otherwise),
-                    )
-                of_inputs, of_carry, of_memory, of_shared = parts(gradients)
-                of_memory = _add(of_sequences[len(start) :], of_memory)
-                of_shared = _add(sums[len(of_group) :], of_shared)
-                return of_inputs, [*of_carry, *of_memory, *of_shared]
-
-            zeros = [*(x[0] for x in of_group), *shared]
-            of_inputs, of_group, sums = _walk(
+            zeros = [*(x[0] for x in last), *shared]
+            of_inputs, of_sequences, sums = _walk(
                 backward,
                 blocks,
                 [tf.zeros_like(x) for x in zeros],
                 len(inputs),
-                len(of_group),
+                len(last),
                 reverse=True,
             )
             return [
                 *map(blocks.join, of_inputs),
-                *map(blocks.join_batch, of_group),
-                *sums[len(of_group) :],
+                *map(blocks.join_batch, of_sequences),
+                *sums[len(last) :],
             ]
 
-        return [*outputs, *after], gradient
+        outputs = map(blocks.join, stacked[:results])
+        return [*outputs, *map(blocks.join_batch, after)], gradient
 
-    tensors = walk_blocks(*inputs, *carry, *memory, *shared)
-    return tensors[:results], tensors[results:]
+    outputs = walk_blocks(*sum(tensors, []))
+    return outputs[:results], outputs[results:]
+
+
+class _Steps:
+    """One block forwards, and backwards.
+
+    Args:
+        body, otherwise, constants, results: as in `scan`.
+        sizes: numbers of inputs, of what is carried, of memories and of the
+            tensors among the constants.
+    """
+
+    def __init__(self, body, otherwise, constants, results, sizes):
+        self._body, self._otherwise = body, otherwise
+        self._constants, self._results = constants, results
+        self._sizes = sizes
+        self.may_fail = otherwise is not None
+
+    def parts(self, tensors):
+        """Tensors in a row as inputs, carry, memory and constants."""
+        rest = iter(tensors)
+        return [[next(rest) for _ in range(size)] for size in self._sizes]
+
+    def forward(self, keep, tensors):
+        """Results, the carry, and whether they were exact, if it matters."""
+        outputs, after, exact = self._run(self._body, keep, tensors)
+        if not self.may_fail:
+            return outputs, after, []
+
+        def again():
+            outputs, after, _ = self._run(self._otherwise, keep, tensors)
+            return [*outputs, *after]
+
+        # The carry is chosen outside: Grappler moves what only one branch
+        # reads into it, and tf2onnx reads no shapes there.
+        fine = [*outputs, *map(tf.zeros_like, after)]
+        chosen = tf.cond(exact, lambda: fine, again)
+        after = _restart(exact, after, chosen[len(outputs) :])
+        return chosen[: len(outputs)], after, [tf.cast(exact, tf.float32)]
+
+    def backward(self, keep, tensors, exact, of_results, sums):
+        """Gradients to the inputs, and to all else with what was summed up."""
+
+        def through(function):
+            def again():
+                outputs, after, _ = self._run(function, keep, tensors)
+                return [*outputs, *after]
+
+            of_carry = sums[: self._sizes[1]]
+            return pullback(again, tensors, [*of_results, *of_carry])
+
+        if self.may_fail:
+            gradients = tf.cond(
+                exact[0] > 0.0,
+                lambda: through(self._body),
+                lambda: through(self._otherwise),
+            )
+        else:
+            gradients = through(self._body)
+        of_inputs, of_carry, *rest = self.parts(gradients)
+        pairs = zip(sums[len(of_carry) :], sum(rest, []), strict=True)
+        return of_inputs, [*of_carry, *(a + b for a, b in pairs)]
+
+    def _run(self, function, keep, tensors):
+        inputs, carry, memory, shared = self.parts(tensors)
+        rest = iter(shared)
+        leaves = tf.nest.flatten(self._constants)
+        leaves = [next(rest) if tf.is_tensor(x) else x for x in leaves]
+        constants = tf.nest.pack_sequence_as(self._constants, leaves)
+        outputs, after, exact = function(inputs, keep, carry, memory, constants)
+        return outputs[: self._results], after, exact
 
 
 def _walk(body, blocks, carry, results, kept, reverse=False):
@@ -231,7 +259,3 @@ def _restart(is_first, start, carry):
     if isinstance(is_first, bool):
         return list(start if is_first else carry)
     return [tf.where(is_first, a, b) for a, b in zip(start, carry, strict=True)]
-
-
-def _add(sums, others):
-    return [a + b for a, b in zip(sums, others, strict=True)]
