@@ -50,6 +50,7 @@ def main():
         make_dataset(args.batch_size, args.seed),
         epochs=args.epochs,
         steps_per_epoch=args.steps,
+        shuffle=False,
         verbose=1 if sys.stdout.isatty() else 2,
     ).history
     print(

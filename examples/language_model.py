@@ -32,19 +32,18 @@ def main():
     keras.utils.set_random_seed(args.seed)
     model = ByteModel()
     train, test = np.split(text, [round((1.0 - HELD_OUT) * len(text))])
-    warmup = args.steps // 10
+    x, y = windows(train, args.length)
+    steps = args.epochs * -(-len(x) // args.batch_size)
     schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, args.steps - warmup, warmup_target=3e-3, warmup_steps=warmup
+        0.0, steps - steps // 10, warmup_target=3e-3, warmup_steps=steps // 10
     )
     model.compile(
         keras.optimizers.AdamW(schedule, weight_decay=0.05),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    epochs, verbose = min(10, args.steps), 1 if sys.stdout.isatty() else 2
-    steps = args.steps // epochs
-    train = make_batches(train, args).repeat()
-    model.fit(train, epochs=epochs, steps_per_epoch=steps, verbose=verbose)
-    bits = model.evaluate(make_batches(test, args), verbose=0) / np.log(2.0)
+    verbose = 1 if sys.stdout.isatty() else 2
+    model.fit(x, y, args.batch_size, args.epochs, verbose)
+    bits = model.evaluate(*windows(test, args.length), verbose=0) / np.log(2.0)
     if args.export:
         tokens = tf.TensorSpec((None, None), "int32", name="tokens")
         folder = keras_kt.export_saved_model(
@@ -52,7 +51,7 @@ def main():
         )
         print(f"SavedModel that streams: {folder}")
     write_sample(model, args)
-    print(f"Test: {bits:.3f} bits per byte after {args.steps} steps.")
+    print(f"Test: {bits:.3f} bits per byte after {steps} steps.")
 
 
 def parse_args():
@@ -61,7 +60,7 @@ def parse_args():
     add("--text", type=Path, default="shakespeare.txt", help="a file")
     add("--length", type=int, default=512, help="bytes; default: %(default)s")
     add("--batch-size", type=int, default=16, help="default: %(default)s")
-    add("--steps", type=int, default=1000, help="default: %(default)s")
+    add("--epochs", type=int, default=1, help="default: %(default)s")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--prompt", default="ROMEO.\n", help="what a sample goes on from")
     add("--sample", type=int, default=300, help="bytes; default: %(default)s")
@@ -86,13 +85,11 @@ def read(args):
     return text
 
 
-def make_batches(text, args):
-    """Windows in random order: what the model sees, and the byte after each."""
-    starts = np.arange(0, len(text) - args.length, args.length // 2)
-    windows = text[starts[:, np.newaxis] + np.arange(args.length + 1)]
-    data = tf.data.Dataset.from_tensor_slices((windows[:, :-1], windows[:, 1:]))
-    data = data.shuffle(len(windows), seed=args.seed)
-    return data.batch(args.batch_size).prefetch(2)
+def windows(text, length):
+    """What the model sees, and the byte after each: `(windows, length)`."""
+    starts = np.arange(0, len(text) - length, length // 2)
+    bytes_ = text[starts[:, np.newaxis] + np.arange(length + 1)]
+    return bytes_[:, :-1], bytes_[:, 1:]
 
 
 class ByteModel(keras.Model):

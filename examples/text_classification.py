@@ -31,8 +31,8 @@ def main():
     train, test = (load(args.data_dir / s, args) for s in ("train", "test"))
     keras.utils.set_random_seed(args.seed)
     model = build_model(args.length)
-    batches = make_batches(*train, args)
-    steps = args.epochs * len(batches)
+    x, y = tokens(train[0], args.length), train[1]
+    steps = args.epochs * -(-len(x) // args.batch_size)
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, steps, warmup_target=3e-3, warmup_steps=steps // 10
     )
@@ -42,8 +42,9 @@ def main():
         metrics=[keras.metrics.BinaryAccuracy("accuracy", threshold=0.0)],
     )
     verbose = 1 if sys.stdout.isatty() else 2
-    model.fit(batches, epochs=args.epochs, verbose=verbose)
-    _, accuracy = model.evaluate(make_batches(*test, args), verbose=0)
+    model.fit(x, y, args.batch_size, args.epochs, verbose)
+    x, y = tokens(test[0], args.length), test[1]
+    accuracy = model.evaluate(x, y, verbose=0)[1]
     folder, difference = export(model, test[0][:8], args)
     print(
         f"{folder} takes raw strings; its answers differ by {difference:.1e} "
@@ -85,14 +86,10 @@ def load(folder, args):
     return texts, np.array([[paths[i][1]] for i in order], "float32")
 
 
-def make_batches(texts, labels, args):
-    to_bytes = Bytes(args.length)
-    tokens = np.concatenate(
-        [to_bytes(texts[i : i + 1000]) for i in range(0, len(texts), 1000)]
-    )
-    dataset = tf.data.Dataset.from_tensor_slices((tokens, labels))
-    dataset = dataset.shuffle(len(texts), seed=args.seed)
-    return dataset.batch(args.batch_size).prefetch(2)
+def tokens(texts, length):
+    """`(texts, length)`, made in parts for the sake of memory."""
+    parts = [texts[i : i + 1000] for i in range(0, len(texts), 1000)]
+    return np.concatenate([Bytes(length)(part) for part in parts])
 
 
 @keras.saving.register_keras_serializable(package="text_classification")

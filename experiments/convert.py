@@ -199,6 +199,8 @@ def fit(task, model, train, args, steps, learning_rate):
         data,
         steps_per_epoch=steps // reports,
         epochs=reports,
+        # The dataset does it.
+        shuffle=False,
         verbose=1 if sys.stdout.isatty() else 2,
     )
     return time.perf_counter() - start

@@ -41,12 +41,15 @@ def pretrained(args):
     weights = pretrain(documents, vocabulary, args)
     if args.pretrained:
         args.pretrained.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(
-            args.pretrained,
-            vocabulary=np.array(vocabulary),
-            config=json.dumps(encoder_config(args)),
-            **{f"weight_{i}": weight for i, weight in enumerate(weights)},
-        )
+        arrays = {f"weight_{i}": weight for i, weight in enumerate(weights)}
+        # To a file, since NumPy would add its suffix to a name without it.
+        with args.pretrained.open("wb") as file:
+            np.savez(
+                file,
+                vocabulary=np.array(vocabulary),
+                config=json.dumps(encoder_config(args)),
+                **arrays,
+            )
         print(f"Encoder: {args.pretrained}")
     return vocabulary, weights
 

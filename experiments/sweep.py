@@ -107,6 +107,7 @@ def run(job, args):
         pretrained = args.work / f"{name({**job, 'task': 'pretrained'})}.npz"
         command += ["--pretrained", str(pretrained)]
         lock = LOCKS[pretrained]
+    # A run that is made again must not go on from where it ended before.
     if not args.again:
         command += ["--checkpoints", str(path)]
     environment = {

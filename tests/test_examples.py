@@ -15,8 +15,10 @@ def reviews(tmp_path):
     return toys.write_reviews(tmp_path)
 
 
-def run(name, *words, monkeypatch):
+def run(name, *words, monkeypatch, **constants):
     module = example(name)
+    for constant, value in constants.items():
+        monkeypatch.setattr(module, constant, value)
     monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
     module.main()
 
@@ -94,6 +96,7 @@ def test_text_classification_learns_exports_and_reloads(
         *("--data-dir", reviews, "--output", tmp_path / "out"),
         *("--length", 32, "--epochs", 8, "--batch-size", 16),
         monkeypatch=monkeypatch,
+        BLOCKS=1,
     )
     output = capsys.readouterr().out
     assert float(re.search(r"Test accuracy (\S+)", output)[1]) > 0.9
@@ -108,9 +111,11 @@ def test_language_model_learns_streams_and_exports(
     (tmp_path / "text").write_text("to be or not to be, " * 100)
     run(
         "language_model",
-        *("--text", tmp_path / "text", "--length", 32, "--steps", 30),
+        *("--text", tmp_path / "text", "--length", 32, "--epochs", 8),
         *("--prompt", "to be ", "--sample", 4, "--export", tmp_path / "out"),
         monkeypatch=monkeypatch,
+        WIDTH=32,
+        BLOCKS=1,
     )
     output = capsys.readouterr().out
     assert re.search(r"^to be .", output, re.MULTILINE)
@@ -138,6 +143,8 @@ def test_conversion_reports_every_stage_and_exports(
         *("--data-dir", reviews, "--output", tmp_path / "out"),
         *("--length", 8, "--distill-steps", 2, "--features", 32),
         monkeypatch=monkeypatch,
+        BLOCKS=1,
+        HEADS=2,
     )
     output = capsys.readouterr().out
     stages = re.findall(r"^([\w-]+): accuracy", output, re.MULTILINE)
