@@ -41,7 +41,7 @@ def attend(
         top = scaling.maximum_of(log_key, maximum)
         query, scale = scaling.exp_query(query, top)
         key = scaling.exp_key(log_key, top)
-        past *= tf.exp(maximum - top)[..., tf.newaxis, :]
+        past *= tf.expand_dims(tf.exp(maximum - top), -2)
     batch, length = size_of(key, 0), size_of(key, 2)
     chunk = blocks.chunk_of(length, blocks.CHUNK_SIZE)
 
@@ -80,13 +80,13 @@ def attend(
     exact = scaling.is_exact(values, _sees(keep, maximum, repeats))
     if decay is not None:
         # The state's scale fades with it, lest an old key hide later ones.
-        rest = join(rest + (ends[:, :, -1:] - ends)[..., tf.newaxis, :], 1)
+        rest = join(rest + tf.expand_dims(ends[:, :, -1:] - ends, -2), 1)
         faded = scaling.maximum_of(log_key - rest, maximum - ends[:, :, -1])
         # Where keys below the block's scale were lost, nothing is exact.
         excess = top - faded
         exact &= tf.reduce_all(excess < scaling.MOST_EXCESS)
         excess = tf.minimum(excess, scaling.MOST_EXCESS)
-        after *= tf.exp(excess)[..., tf.newaxis, :]
+        after *= tf.expand_dims(tf.exp(excess), -2)
         top = faded
     return scaling.Sums(values, scale), (top, after), exact
 
@@ -121,20 +121,20 @@ def attend_exactly(
     # The past and the chunks, each on its own scale, as they are at their ends.
     top = scaling.maximum_of(log_last)
     sums = tf.matmul(
-        value, tf.exp(log_last - top[..., tf.newaxis, :]), transpose_a=True
+        value, tf.exp(log_last - tf.expand_dims(top, -2)), transpose_a=True
     )
     top, sums = _states_exactly(
-        tf.concat([maximum[:, :, tf.newaxis], top], axis=2),
-        tf.concat([past[:, :, tf.newaxis], sums], axis=2),
+        tf.concat([tf.expand_dims(maximum, 2), top], axis=2),
+        tf.concat([tf.expand_dims(past, 2), sums], axis=2),
         ends,
     )
     earlier = query + top[:, :, :-1, tf.newaxis]
-    pairs = query[..., tf.newaxis, :] + key[..., tf.newaxis, :, :]
+    pairs = tf.expand_dims(query, -2) + tf.expand_dims(key, -3)
     visible = np.repeat(np.tril(np.ones((chunk, chunk), "bool")), repeats, 0)
     pairs = tf.where(visible[..., np.newaxis], pairs, scaling.FLOOR)
     scale = scaling.row_maximum(tf.reduce_max(pairs, axis=-1))
     scale = tf.maximum(scale, scaling.row_maximum(earlier))
-    weights = tf.reduce_sum(tf.exp(pairs - scale[..., tf.newaxis]), axis=-1)
+    weights = tf.reduce_sum(tf.exp(pairs - tf.expand_dims(scale, -1)), axis=-1)
     values = tf.matmul(tf.where(visible, weights, 0.0), value)
     values += tf.matmul(
         tf.exp(earlier - scale), sums[:, :, :-1], transpose_b=True
@@ -160,14 +160,14 @@ def _states_exactly(tops, sums, ends):
     """
     count = size_of(tops, 2)
     seen = tf.linalg.band_part(tf.ones((count, count), "bool"), -1, 0)
-    seen = seen[..., tf.newaxis]
-    parts = tops[:, :, tf.newaxis]
+    seen = tf.expand_dims(seen, -1)
+    parts = tf.expand_dims(tops, 2)
     if ends is not None:
         ends = tf.pad(ends, [(0, 0), (0, 0), (1, 0), (0, 0)])
-        parts += ends[:, :, tf.newaxis] - ends[:, :, :, tf.newaxis]
+        parts += tf.expand_dims(ends, 2) - tf.expand_dims(ends, 3)
     parts = tf.where(seen, parts, scaling.FLOOR)
     tops = tf.stop_gradient(tf.reduce_max(parts, axis=3))
-    weights = tf.exp(parts - tops[:, :, :, tf.newaxis])
+    weights = tf.exp(parts - tf.expand_dims(tops, 3))
     weights = tf.where(seen, weights, 0.0)
     return tops, tf.einsum("bhmnf,bhnef->bhmef", weights, sums)
 
@@ -182,9 +182,9 @@ def _states(past, sums, ends):
     """
     if ends is None:
         before = tf.cumsum(sums, axis=2, exclusive=True)
-        return before + past[:, :, tf.newaxis], past + tf.reduce_sum(sums, 2)
+        return before + tf.expand_dims(past, 2), past + tf.reduce_sum(sums, 2)
     fading = _fading(tf.pad(ends, [(0, 0), (0, 0), (1, 0), (0, 0)]))
-    states = tf.concat([past[:, :, tf.newaxis], sums], axis=2)
+    states = tf.concat([tf.expand_dims(past, 2), sums], axis=2)
     batch, heads, width, dim = (size_of(past, axis) for axis in range(4))
     states = tf.reshape(states, (batch, heads, -1, width * dim))
     states = tf.reshape(fading @ states, (batch, heads, -1, width, dim))

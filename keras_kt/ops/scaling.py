@@ -84,12 +84,12 @@ def row_maximum(log_query):
 
 def exp_key(log_key, maximum):
     """Features of keys, relative to each feature's maximum."""
-    return tf.exp(log_key - maximum[..., tf.newaxis, :])
+    return tf.exp(log_key - tf.expand_dims(maximum, -2))
 
 
 def exp_query(log_query, maximum):
     """Features of queries, relative to each row's maximum, and that."""
-    log_query += maximum[..., tf.newaxis, :]
+    log_query += tf.expand_dims(maximum, -2)
     scale = row_maximum(log_query)
     return tf.exp(log_query - scale), scale
 

@@ -251,7 +251,7 @@ def _walk(body, blocks, carry, results, kept, reverse=False):
 
 
 def _stacked(tensors):
-    return [x[tf.newaxis] for x in tensors]
+    return [tf.expand_dims(x, 0) for x in tensors]
 
 
 def _restart(is_first, start, carry):
