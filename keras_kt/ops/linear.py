@@ -87,22 +87,33 @@ def causal(
 
     def with_rows(attend):
         def block(tokens, keep, state, _, feature_map):
-            return _with_rows(
-                attend, repeats, feature_map, tokens, keep=keep, state=state
+            query, *tokens = tokens
+            sums, state, exact = attend(
+                feature_map,
+                heads.split_rows(query, repeats),
+                *tokens,
+                keep=keep,
+                state=state,
+                repeats=repeats,
             )
+            return [heads.join_rows(x, repeats) for x in sums], [*state], exact
 
         return block
 
+    inputs = [heads.share(query, repeats), key, value]
+    if decay is not None:
+        inputs.append(decay)
+    exactly = None
+    if feature_map.positive:
+        exactly = with_rows(chunks.attend_exactly)
     sums, state = scan(
         with_rows(chunks.attend),
-        _tokens(query, key, value, decay),
+        inputs,
         blocks,
         results=2 if with_scale else _results(feature_map),
         carry=_constant_scale(*state),
         constants=feature_map,
-        otherwise=with_rows(chunks.attend_exactly)
-        if feature_map.positive
-        else None,
+        otherwise=exactly,
     )
     sums = (heads.unshare(x, repeats) for x in sums)
     return scaling.Sums(*sums), _constant_scale(*state)
@@ -111,43 +122,23 @@ def causal(
 def step(query, key, value, feature_map, *, key_mask=None, decay=None, state):
     """`causal` of one token, at O(feature_dim · value_dim)."""
     repeats = query.shape[2] // key.shape[2]
-    tokens = _tokens(query, key, value, decay)
     keep = None
     if key_mask is not None:
         keep = tf.cast(key_mask, "bool")[:, tf.newaxis, :, tf.newaxis]
-    tokens = [swap_heads(x) for x in tokens]
-    sums, state, _ = _with_rows(
-        _one, repeats, feature_map, tokens, keep=keep, state=state
+    query, key, value = map(
+        swap_heads, (heads.share(query, repeats), key, value)
     )
-    sums = (heads.unshare(swap_heads(x), repeats) for x in sums)
-    return scaling.Sums(*sums), AttentionState(*state)
-
-
-def _tokens(query, key, value, decay):
-    """Inputs of a causal scan."""
-    tokens = [heads.share(query, query.shape[2] // key.shape[2]), key, value]
-    if decay is not None:
-        tokens.append(decay)
-    return tokens
-
-
-def _with_rows(attend, repeats, feature_map, tokens, **rest):
-    """A block of tokens, whose query may have rows."""
-    query, *tokens = tokens
-    tokens = heads.split_rows(query, repeats), *tokens
-    sums, state, exact = attend(feature_map, *tokens, repeats=repeats, **rest)
-    return [heads.join_rows(x, repeats) for x in sums], [*state], exact
-
-
-def _one(feature_map, query, key, value, decay=None, *, keep, state, repeats=1):
-    """The recurrent step, heads first; as `chunks.attend`."""
     maximum, sums = state
     if decay is not None and feature_map.positive:
-        maximum -= decay[:, :, 0]
+        maximum -= decay[:, 0]
     elif decay is not None:
-        sums *= tf.exp(-decay)
+        sums *= tf.exp(-swap_heads(decay))
     state = _absorb(feature_map, key, value, keep, (maximum, sums))
-    return scaling.read(feature_map, query, *state), state, True
+    query = heads.split_rows(query, repeats)
+    sums = scaling.read(feature_map, query, *state)
+    sums = (swap_heads(heads.join_rows(x, repeats)) for x in sums)
+    sums = scaling.Sums(*(heads.unshare(x, repeats) for x in sums))
+    return sums, AttentionState(*state)
 
 
 def _absorb(feature_map, key, value, keep, state):
@@ -156,7 +147,7 @@ def _absorb(feature_map, key, value, keep, state):
     features = scaling.key_features(feature_map, key, keep)
     if feature_map.positive:
         after = scaling.maximum_of(features, maximum)
-        sums *= tf.exp(maximum - after)[..., tf.newaxis, :]
+        sums *= tf.expand_dims(tf.exp(maximum - after), -2)
         features, maximum = scaling.exp_key(features, after), after
     value = scaling.with_ones(value, keep)
     return [maximum, sums + tf.matmul(value, features, transpose_a=True)]
