@@ -22,6 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_kt
+from keras_kt import conversion
 
 WORDS, WIDTH, HEADS, KEY_DIM, BLOCKS = 8192, 64, 4, 16, 2
 
@@ -40,20 +41,15 @@ def main():
     fit(teacher, *train, args, args.epochs, learning_rate=2e-3)
     report("softmax", teacher, test)
 
-    student, conversion = keras_kt.convert_attention(
-        teacher, num_features=args.features
-    )
-    print(conversion)
+    options = {"num_features": args.features}
+    student, changes = keras_kt.convert_attention(teacher, **options)
+    print(changes)
     report("converted", student, test, teacher)
 
-    print(
-        keras_kt.conversion.calibrate(
-            student, train[0][:32], budget=args.features
-        )
-    )
+    print(conversion.calibrate(student, train[0][:32], budget=args.features))
     report("calibrated", student, test, teacher)
 
-    keras_kt.conversion.distill(
+    conversion.distill(
         student,
         teacher,
         tf.data.Dataset.from_tensor_slices(train[0]).batch(8),
@@ -143,9 +139,7 @@ def report(stage, model, test, teacher=None):
     accuracy = np.mean((outputs > 0.0) == (y > 0.5))
     line = f"{stage}: accuracy {accuracy:.4f}"
     if teacher is not None:
-        errors = keras_kt.conversion.attention_error(
-            model, x[:8], teacher=teacher
-        )
+        errors = conversion.attention_error(model, x[:8], teacher=teacher)
         errors = [f"{error:.3f}" for error in errors.layers.values()]
         line += f", relative error of attention by layer {', '.join(errors)}"
     print(line, flush=True)

@@ -299,6 +299,7 @@ def test_only_the_priors_and_their_oracle_import_tfp():
     assert users == {"kernels", "priors"}
 
 
+@pytest.mark.slow
 def test_tfp_is_imported_when_it_is_used():
     """It costs seconds, and most models do without it."""
     code = (

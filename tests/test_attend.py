@@ -292,6 +292,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, algorithm, masked", COMPILED)
 def test_xla_dynamic_shapes_and_eager_agree(name, algorithm, masked):
     bound = problems.bound_map(name)

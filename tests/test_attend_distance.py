@@ -39,6 +39,7 @@ def test_outputs_and_gradients_match_float64_numpy(
     problems.check(algorithm, BOUND[name], near=near, fades=fades, masked=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(
     "mask, near, fades",

@@ -54,6 +54,7 @@ CONTRACT_PAIRS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior_name, map_name", one_quick(CONTRACT_PAIRS))
 def test_contract_of_every_prior_and_map(prior_name, map_name, tmp_path):
     layer_contract(
@@ -506,6 +507,7 @@ def test_steps_of_any_size_equal_the_causal_call(feature_map, qk_norm):
         )
 
 
+@pytest.mark.slow
 def test_step_compiles_and_takes_a_state_of_dynamic_batch():
     layer = keras_kt.KernelizedAttention(3, 5)
     x = array((2, 9, 6))
@@ -607,6 +609,7 @@ def test_kl_weight_and_regularizers_reach_the_models_losses():
     model.fit(x, x, verbose=0)
 
 
+@pytest.mark.slow
 def test_lora_trains_saves_and_loads(tmp_path):
     """Keras's own test, with the spectral weights counted."""
     x = array((1, 2, 2))
@@ -681,6 +684,7 @@ def test_scores_are_the_weights_that_made_the_output():
     np.testing.assert_allclose(layer(query, value), output, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_trains_better_than_it_started():
     keras.utils.set_random_seed(0)
     inputs = keras.Input((16, 4))
@@ -843,12 +847,12 @@ def test_auto_forms_the_matrix_only_of_short_inputs(causal, monkeypatch):
 
         monkeypatch.setattr(module, name, spy)
 
-    spy_on(ops.quadratic, "quadratic")
+    spy_on(ops.quadratic, "attend")
     spy_on(ops.linear, "causal")
     spy_on(ops.linear, "bidirectional")
     auto, linear = pair_of("auto", "linear", (2, None, 6))
     expected = {True: "causal", False: "bidirectional"}[causal]
-    for length, route in ((32, "quadratic"), (33, expected)):
+    for length, route in ((32, "attend"), (33, expected)):
         x = array((2, length, 6))
         routes.clear()
         one = auto(x, x, use_causal_mask=causal)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 TINY = "--length 11 --heads 2 --head-dim 4 --blocks 1".split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [["--counts-only"], pytest.param([], marks=pytest.mark.slow)]
 )

@@ -433,6 +433,7 @@ def test_least_variance_balances_and_decorrelates():
         np.testing.assert_allclose(off_diagonal, 0.0, atol=0.01 * level)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.3, 1.0])
 def test_calibration_makes_no_head_worse(scale):
     """On what it was calibrated on; descent helps on other inputs too."""
@@ -511,6 +512,7 @@ def test_errors_are_those_of_the_scores():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make, inputs", [(functional, tokens)])
 def test_a_near_field_of_the_whole_length_is_the_original(make, inputs):
     """Calibrated too, with the queries' mean in the kernel: no closed form is
@@ -555,6 +557,7 @@ def test_sharp_attention_is_called_hopeless():
     assert not any("follows" in head.verdict for head in report.after.heads)
 
 
+@pytest.mark.slow
 def test_padding_takes_no_part_in_calibration():
     x = keras.Input((None, WIDTH))
     y = keras.layers.Masking()(x)
@@ -569,6 +572,7 @@ def test_padding_takes_no_part_in_calibration():
         np.testing.assert_allclose(one[2:], other[2:], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_budget_goes_where_the_error_is(tmp_path):
     x = keras.Input((None, WIDTH))
     y = attention("mild")(x, x)
@@ -630,6 +634,7 @@ def test_normalised_queries_stand_for_no_softmax():
         keras_kt.conversion.calibrate(converted, floats())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target, train_projections", [("output", False), ("matrix", True)]
 )

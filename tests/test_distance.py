@@ -139,6 +139,7 @@ def test_a_stream_with_a_window_is_served(options, tmp_path):
     np.testing.assert_allclose(result["output_0"], expected[:, 10:], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", ((5, 9), (9, 5)))
 @pytest.mark.parametrize("causal", (True, False), ids=("causal", "both"))
 @pytest.mark.parametrize("options", (LAYERS[1], *LAYERS[3:]), ids=name_of)

@@ -106,6 +106,7 @@ def mirrored(tmp_path_factory):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redraw", ["never", "step"])
 def test_two_replicas_fit_what_one_device_fits(mirrored, redraw):
     one, two = mirrored[redraw]["one"], mirrored[redraw]["two"]
@@ -224,6 +225,7 @@ def test_killed_worker_resumes_on_the_same_curve(one_device, tmp_path):
     assert_same({**before, **after}, one_device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -85,6 +85,7 @@ def test_task_runs_and_is_recorded(task, tmp_path, monkeypatch):
         assert (tmp_path / "encoder").stat().st_mtime_ns == kept
 
 
+@pytest.mark.slow
 def test_a_rerun_replaces_its_row(tmp_path):
     flags = (*"--length 8 --examples 8".split(), *SOFTMAX.split())
     (first,) = run("sparsity", tmp_path, *flags)
@@ -96,6 +97,7 @@ def test_a_rerun_replaces_its_row(tmp_path):
     assert arrays["densities"][:, 0].tolist() == [1.0, 0.5, 0.25, 0.125]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, capsys):
     flags = (*"--length 8 --examples 8".split(), *SOFTMAX.split())
     flags += ("--checkpoints", tmp_path / "checkpoints")

@@ -213,6 +213,7 @@ def table():
     return "\n".join(lines).replace("e-0", "e-")
 
 
+@pytest.mark.slow
 def test_what_does_not_run_in_lite_rt_says_so(tmp_path):
     """Else the table would be too modest."""
     _, run, _ = lite_rt_matrix("constant decay", tmp_path, None)

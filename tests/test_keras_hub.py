@@ -96,6 +96,7 @@ def test_attention_dropout_is_kept_unless_asked():
         keras_kt.convert_attention(bert())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [bert, pytest.param(gpt2, marks=pytest.mark.slow)]
 )

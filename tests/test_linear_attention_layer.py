@@ -60,6 +60,7 @@ def with_gradients(layer, tensors, **call):
     return output, gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, call",
     (

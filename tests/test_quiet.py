@@ -114,6 +114,7 @@ ALL.append(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chosen",
     [

@@ -158,6 +158,7 @@ def streaming(tmp_path_factory):
     return model, folder
 
 
+@pytest.mark.slow
 def test_c_host_equals_keras(host, tmp_path):
     pairs = (("normal", "positive"), ("mixture", "trigonometric"))
     check_pairs(pairs, host, tmp_path)
@@ -202,6 +203,7 @@ def stream_by_host(host, folder, tokens, prefix, tmp_path):
     return np.concatenate([outputs[name] for name in names], axis=1)
 
 
+@pytest.mark.slow
 def test_decode_endpoint_equals_the_full_pass(streaming, host, tmp_path):
     check_decoding(*streaming, host, tmp_path)
 
@@ -301,6 +303,7 @@ def test_a_bare_layer_streams_too(tmp_path):
         np.testing.assert_allclose(result[f"state_0_{field}"], value, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_raw_strings_go_in_without_python(host, tmp_path):
     text = keras.Input((), dtype="string", name="text")
     pooled = []
@@ -426,6 +429,7 @@ def test_stored_draw_is_served_and_said_to_be_frozen(tmp_path):
     np.testing.assert_allclose(first, model(x)["y"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_warmup_requests_are_prediction_logs(tmp_path):
     model = Decoder()
     model(tokens_of((2, 5)))

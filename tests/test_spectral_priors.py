@@ -359,6 +359,7 @@ def test_a_prior_that_a_user_writes_needs_three_methods():
         assert layer(x, x).shape == (1, 6, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases.PRIORS)
 def test_an_optimizer_tells_kernels_from_projections_by_name(name):
     """No variable's name said what it was: `scale`, `mean`, `kernel_0`."""

@@ -310,6 +310,7 @@ def test_what_is_no_number_is_refused_in_every_spelling(kind):
                 make(**{name: bad})
 
 
+@pytest.mark.slow
 def test_functions_take_every_spelling():
     """Numbers of functions; the results are those of Python's numbers."""
     x = keras.Input((None, WIDTH))

@@ -301,6 +301,7 @@ def test_cross_attention_of_a_step_gives_masked_queries_no_context():
     np.testing.assert_allclose(output[mask], expected[mask], atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", SIDES)
 def test_gradients_of_padded_blocks_equal_those_without_padding(side):
     """Through the near field, the local context and the decay, split once."""
@@ -559,6 +560,7 @@ def test_the_masked_endpoint_is_compiled_with_the_others(tmp_path):
     np.testing.assert_allclose(output[mask], expected[mask], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_mask_is_served_where_the_step_takes_one(tmp_path):
     layer = attention()
     x = spoiled(padding("left"))

@@ -444,6 +444,7 @@ def test_the_reported_mixture_is_the_same_under_xla_and_served(tmp_path):
     np.testing.assert_allclose(np.exp(draw.log_weights).sum(1), 1.0, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_threads_leave_tfp_and_each_other_alone():
     """A patch of TFP's samplers changed what other threads drew."""
 

@@ -25,6 +25,7 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -47,6 +48,7 @@ def test_encoder_keeps_the_contract(options, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_decoder_keeps_the_contract(tmp_path):
     contract.layer_contract(decoder, [(2, 11, WIDTH)], tmp_path)
 
