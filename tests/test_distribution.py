@@ -119,6 +119,7 @@ def test_two_replicas_fit_what_one_device_fits(mirrored, redraw):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redraw", ["never", "step"])
 def test_replicas_hold_the_same_draw(mirrored, redraw):
     draws = mirrored[redraw]["two"]["draws"]

@@ -8,7 +8,8 @@ from keras_kt.ops import states
 
 IMPLEMENTATIONS = ("auto", "linear", "quadratic")
 # Up to about this length the matrix is as fast as the linear form or faster,
-# with XLA and without: python -m benchmarks.attention --levels core --lengths 16 32 64
+# with XLA and without:
+# python -m benchmarks.attention --levels core --lengths 16 32 64
 SHORT_LENGTH = 32
 # A layer's `sliding_window` comes as a mask.
 _DENSE_MASK = "a dense mask (`attention_mask`, `sliding_window`)"
