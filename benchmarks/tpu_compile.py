@@ -85,7 +85,7 @@ def main():
     args = parse_args()
     # What the layer does where a TPU is visible.
     blocks.CPU_BLOCK_ROWS = args.block_rows
-    blocks.CPU_CAUSAL_BLOCK_ROWS = args.block_rows
+    blocks.CPU_CAUSAL_BLOCK_ROWS = causal_rows(args)
     numerics._rounds_products = lambda: True
     device = topologies.get_topology_desc(
         platform="tpu", topology_name=args.topology
@@ -115,6 +115,11 @@ def main():
     print(f"Results: {args.output}")
     # A softmax matrix may be too large; of ours, all must compile.
     return any(row["attention"] != "softmax" for row in refused)
+
+
+def causal_rows(args):
+    """Rows of a causal block, which holds more for each."""
+    return min(args.block_rows, blocks.ACCELERATOR_CAUSAL_BLOCK_ROWS)
 
 
 def parse_args():
@@ -278,8 +283,9 @@ def count_flops(labels, args):
     """
     length = labels["length"]
     if labels["attention"] != "softmax":
-        most = min(args.block_rows // HEADS, blocks.MAX_BLOCK)
-        length = min(length, most)
+        is_causal = labels["form"] == "causal"
+        rows = causal_rows(args) if is_causal else args.block_rows
+        length = min(length, rows // HEADS, blocks.MAX_BLOCK)
     count = labels["length"] / length
     proto = lower(*maker({**labels, "length": length}, args)())
     module = _hlo.HloModule.from_serialized_hlo_module_proto(proto)
