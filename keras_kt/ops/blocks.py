@@ -11,8 +11,8 @@ CHUNK_SIZE = 64
 # 8,192 at 8 heads of 64 on 2 cores).
 CPU_BLOCK_ROWS = 8192
 CPU_CAUSAL_BLOCK_ROWS = 2048
-# Elsewhere a block fills the device (an estimate, not measured). Memory that the
-# exact form of a causal block stands by with grows with the square of it.
+# Elsewhere a block fills the device (an estimate, not measured). The memory of
+# the exact form of a causal block grows with the square of its tokens.
 ACCELERATOR_BLOCK_ROWS = 65536
 ACCELERATOR_CAUSAL_BLOCK_ROWS = 16384
 MAX_BLOCK = 8192
