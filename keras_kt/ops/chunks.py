@@ -204,6 +204,10 @@ def _sees(keep, maximum, repeats):
     if keep is None:
         return None
     past = tf.reduce_max(maximum, axis=-1) > 0.5 * scaling.FLOOR
-    seen = tf.cumsum(tf.cast(keep, tf.float32), axis=2) > 0.0
+    # By the first visible key: XLA sums a running sum anew at every position.
+    first = tf.argmax(tf.cast(keep, tf.int32), axis=2, output_type=tf.int32)
+    places = tf.expand_dims(tf.range(size_of(keep, 2)), -1)
+    seen = places >= tf.expand_dims(first, -1)
+    seen &= tf.reduce_any(keep, axis=2, keepdims=True)
     seen |= past[..., tf.newaxis, tf.newaxis]
     return repeat_rows(seen, repeats, axis=2)
