@@ -6,6 +6,7 @@ grow with what a block computes inside.
 
 import tensorflow as tf
 
+from keras_kt.ops.heads import size_of
 from keras_kt.written_gradients import pullback, written_gradient
 
 
@@ -153,13 +154,16 @@ class _Steps:
             return outputs, after, []
 
         def again():
-            outputs, after, _ = self._run(self._otherwise, keep, tensors)
+            # For tf2onnx, which reads no shapes of what a branch takes in.
+            told = [tf.reshape(x, _sizes(x)) for x in tensors]
+            outputs, after, _ = self._run(self._otherwise, keep, told)
             return [*outputs, *after]
 
         # The carry is chosen outside: Grappler moves what only one branch
         # reads into it, and tf2onnx reads no shapes there.
-        fine = [*outputs, *map(tf.zeros_like, after)]
-        chosen = tf.cond(exact, lambda: fine, again)
+        chosen = tf.cond(
+            exact, lambda: [*outputs, *map(tf.zeros_like, after)], again
+        )
         after = _restart(exact, after, chosen[len(outputs) :])
         return chosen[: len(outputs)], after, [tf.cast(exact, tf.float32)]
 
@@ -248,6 +252,10 @@ def _walk(body, blocks, carry, results, kept, reverse=False):
     stacked = [array.stack() for array in arrays]
     ends = _stacked(carry[:kept]) if one_group else stacked[results:]
     return stacked[:results], ends, carry
+
+
+def _sizes(x):
+    return [size_of(x, axis) for axis in range(x.shape.rank)]
 
 
 def _stacked(tensors):
