@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Test processes at a time.
 JOBS ?= 2
+# Tests that run in processes of their own: compiled programs stay in memory.
+HEAVY = tests/test_crossed.py tests/test_export_matrix.py
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: install demo test test-all lint conformance approximation docs tpu-check
@@ -20,7 +22,8 @@ test: install
 
 # What `make test` leaves out: slow tests, and Keras's own.
 test-all: install
-	$(VENV)/bin/python -m pytest -n $(JOBS) -m slow tests
+	$(VENV)/bin/python -m pytest -n $(JOBS) -m slow tests $(HEAVY:%=--ignore=%)
+	$(VENV)/bin/python -m pytest -n $(JOBS) -m slow $(HEAVY)
 	$(MAKE) conformance
 
 # Keras's own tests of MultiHeadAttention, with KernelizedAttention in its place.

@@ -311,7 +311,9 @@ def test_xla_dynamic_shapes_and_eager_agree(name, algorithm, masked):
     eager = answer_and_gradient(*arrays)
     compiled = tf.function(answer_and_gradient, jit_compile=True)(*arrays)
     for one, other in zip(eager, compiled, strict=True):
-        np.testing.assert_allclose(one, other, atol=3e-5, rtol=1e-4)
+        # Gradients of a first token are zero: what is left of larger ones.
+        atol = max(3e-5, 3e-6 * np.abs(other).max())
+        np.testing.assert_allclose(one, other, atol=atol, rtol=1e-4)
     if algorithm == "steps":
         return  # the helper cuts by static lengths
     spec = [

@@ -94,11 +94,13 @@ class Blocks:
         if self._is_padded:
             rest = [(0, 0)] * (x.shape.rank - 1)
             x = tf.pad(x, [(0, self._padding[0])] + rest)
-        return tf.reshape(x, (self.groups, self.group, *x.shape[1:]))
+        sizes = (size_of(x, axis) for axis in range(1, x.shape.rank))
+        return tf.reshape(x, (self.groups, self.group, *sizes))
 
     def join_batch(self, x):
         """The inverse of `split_batch`."""
-        x = tf.reshape(x, (self.groups * self.group, *x.shape[2:]))
+        sizes = (size_of(x, axis) for axis in range(2, x.shape.rank))
+        x = tf.reshape(x, (self.groups * self.group, *sizes))
         return x[: self.batch] if self._is_padded else x
 
 
