@@ -232,6 +232,18 @@ def test_lite_rt_needs_one_block():
         runner(**arrays)
 
 
+@pytest.mark.slow
+def test_lite_rt_runs_the_exact_form():
+    """One loud key, beside which all earlier features underflow."""
+    model = network("causal", 1, 79, "linear")
+    x = 0.3 * np.ones((1, 79, 6), "float32")
+    run = runtimes.lite_rt(lambda x: {"y": model({"x": x})["y"]}, {"x": x})
+    x += runtimes.array(x.shape)
+    x[:, 70] *= 300.0
+    expected = model({"x": x})["y"]
+    np.testing.assert_allclose(run(x=x)["y"], expected, atol=1e-4)
+
+
 def test_documented_table_is_that_of_the_tests():
     written = re.search(
         r"<!-- matrix -->\n(.*?)\n<!-- end -->", PAGE.read_text(), re.DOTALL
