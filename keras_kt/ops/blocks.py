@@ -68,7 +68,7 @@ class Blocks:
         # Sliced as it lies: XLA copies a whole array that is reshaped before
         # a loop.
         begin = group * self.group, block * self.size, 0, 0
-        size = self.group, self.size, *x.shape[2:]
+        size = self.group, self.size, size_of(x, 2), size_of(x, 3)
         return swap_heads(tf.slice(x, begin, size))
 
     def keep(self, group, block):
