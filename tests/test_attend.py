@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import keras_kt
 from keras_kt import ops
 from tests.helpers import cases, problems, reference
 from tests.helpers.problems import ALGORITHMS, BOUND, CAUSAL, attend
@@ -360,3 +361,20 @@ def test_query_heads_share_the_key_value_head_of_their_group(name, algorithm):
     wanted, got = (tape.gradient(x, [*queries, key, value]) for x in losses)
     for one, other in zip(got, wanted, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", (False, True))
+def test_a_smoothing_that_has_vanished_still_counts_the_keys(causal):
+    """The count is a ratio of constant features, which were both zero."""
+    layer = keras_kt.KernelizedAttention(
+        3, 5, feature_map="trigonometric", seed=1, implementation="linear"
+    )
+    x = np.random.default_rng(0).normal(size=(2, 11, 6)).astype("float32")
+    layer(x, x)
+    (smoothing,) = layer.feature_map.trainable_weights
+    smoothing.assign(np.full(smoothing.shape, -200.0))
+    with tf.GradientTape() as tape:
+        output = layer(x, x, use_causal_mask=causal)
+    assert np.isfinite(output).all() and np.abs(output).max() > 0.0
+    for gradient in tape.gradient(output, layer.trainable_weights):
+        assert np.isfinite(gradient).all()

@@ -10,6 +10,9 @@ from keras_kt import _checks
 from keras_kt.features.base import FeatureMap, per_frequency
 from keras_kt.numerics import precise_product, sine_and_cosine
 
+# Lost in the rounding of any smoothing that matters.
+_LEAST_SMOOTHING = 1e-12
+
 
 class TrigonometricMap(NamedTuple):
     """Signed features of x, with one constant feature for the smoothing.
@@ -89,7 +92,9 @@ class TrigonometricFeatures(FeatureMap):
     @property
     def smoothing_weights(self) -> tf.Tensor:
         """s of each head, `(heads, 1, 1)`."""
-        return tf.nn.softplus(tf.convert_to_tensor(self._raw_smoothing))
+        raw = tf.convert_to_tensor(self._raw_smoothing)
+        # Never zero: the constant feature counts the keys.
+        return tf.nn.softplus(raw) + _LEAST_SMOOTHING
 
     def bind(self, frequencies, scale=1.0):
         projection = tf.linalg.matrix_transpose(frequencies.offsets)
