@@ -77,9 +77,11 @@ PLACES = (
     "checkpoints",
     "data_dir",
     "export",
+    "pack",
     "pretrained",
     "results",
     "seed",
+    "unpack",
 )
 ATTENTIONS = (
     f"Attention: softmax, a system of the paper "
@@ -124,6 +126,8 @@ def parse_args(doc, presets, argv, task, extra=None):
     add("--draws", type=int, default=10, help="fresh draws to test with")
     add("--draw-examples", type=int, default=1000, help="test examples of each")
     add("--test-examples", type=int, help="at most; default: all")
+    add("--pack", type=Path, help="a folder to pack the run into: see offload")
+    add("--unpack", type=Path, help="a folder of results to record")
     if extra:
         extra(parser)
     add_attention_arguments(parser)

@@ -10,8 +10,8 @@ import keras
 import numpy as np
 
 from experiments import body, recipe, wordpieces
+from experiments.data import Data
 from experiments.flags import KERNEL_FLAGS, LAYER_FLAGS
-from experiments.recipe import Data
 from experiments.wordpieces import MASK, RESERVED
 
 MASKED = 0.15
