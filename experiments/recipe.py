@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import keras_kt
 from experiments import measure, records
-from experiments.flags import attention_flags
+from experiments.flags import identity
 from experiments.measure import accuracy, cross_entropy
 from experiments.progress import Progress
 from experiments.strategies import is_chief, make_strategy, train, uses_xla
@@ -87,7 +87,7 @@ def run(
     peak = measure.peak_memory()
     draws = measure.fresh_draws(args, model, data.test, evaluate)
     row = {
-        **_identity(args),
+        **identity(args),
         "metric": metric,
         "score": evaluate(data.test),
         "validation": progress.curve[-1]["validation"],
@@ -122,15 +122,6 @@ def run(
     return model, row
 
 
-def _identity(args):
-    return {
-        "task": args.task,
-        "attention": args.attention,
-        "flags": attention_flags(args),
-        "seed": args.seed,
-    }
-
-
 def _settings(args):
     return {
         "preset": args.preset_name,
@@ -158,7 +149,7 @@ def make_optimizer(args, model):
     kernels = {
         id(weight)
         for layer in measure.attention_layers(model)
-        for weight in layer.spectral_prior.trainable_variables
+        for weight in layer.spectral_weights
     }
     spared = [
         weight
