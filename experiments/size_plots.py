@@ -24,11 +24,11 @@ PRIORS = {
     "empirical": ("#CC79A7", "P", "-"),
 }
 SOFTMAX = ("#7F7F7F", "x", "--")
-# Of any other lines.
+# Of any other lines; what is not learned is dotted.
 STYLES = tuple(
     (color, mark, dashes)
     for dashes in ("-", "-.")
-    for (color, mark, _) in PRIORS.values()
+    for (color, mark, _) in list(PRIORS.values())[1:]
 )
 # Shares of a panel's height between the names of lines.
 GAP = 0.055
@@ -122,10 +122,13 @@ def _flags(row):
 
 def _styles(rows, name):
     """Color, mark and dashes of each name, the same in every panel."""
-    known = {**PRIORS, "softmax": SOFTMAX}
-    names = sorted(set(map(name, rows)))
-    others = [each for each in names if each not in known]
-    return known | dict(zip(others, itertools.cycle(STYLES), strict=False))
+    known = {**PRIORS, "softmax": SOFTMAX, "Performer": PRIORS["fixed"]}
+    learned = {name(r): attentions.is_learned(r["attention"]) for r in rows}
+    others = sorted(learned.keys() - known.keys())
+    for each, style in zip(others, itertools.cycle(STYLES), strict=False):
+        color, mark, dashes = style
+        known[each] = color, mark, dashes if learned[each] else ":"
+    return known
 
 
 def _lines(rows, size, name, styles):
