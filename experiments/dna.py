@@ -22,8 +22,8 @@ import numpy as np
 import tensorflow as tf
 
 from experiments import body, recipe
+from experiments.data import Data
 from experiments.flags import Preset, parse_args
-from experiments.recipe import Data
 
 PRESETS = {
     "cpu": Preset(

@@ -58,9 +58,11 @@ PLACES = (
     "checkpoints",
     "data_dir",
     "export",
+    "pack",
     "pretrained",
     "results",
     "seed",
+    "unpack",
 )
 
 
@@ -101,6 +103,8 @@ def parse_args(doc, presets, argv, task, extra=None):
     add("--draws", type=int, default=10, help="fresh draws to test with")
     add("--draw-examples", type=int, default=1000, help="test examples of each")
     add("--test-examples", type=int, help="at most; default: all")
+    add("--pack", type=Path, help="a folder to pack the run into: see offload")
+    add("--unpack", type=Path, help="a folder of results to record")
     if extra:
         extra(parser)
     attentions.add_arguments(parser)

@@ -27,8 +27,8 @@ import numpy as np
 import tensorflow_text
 
 from experiments import pretraining, recipe, wordpieces
+from experiments.data import Data
 from experiments.flags import Preset, parse_args
-from experiments.recipe import Data
 from experiments.wordpieces import CLASS, PAD, SEPARATOR
 
 NAMES = {"sst2": "SST-2", "cola": "CoLA", "rte": "RTE"}
@@ -84,19 +84,20 @@ def main(argv, task):
             encoder.set_weights(weights)
         return build_classifier(encoder, args)
 
+    def correlation(model):
+        return correlate(model, data.test, args), {}
+
     recipe.run(
         args,
         name if weights is None else f"{name}, pretrained",
         data,
         build_model,
-        more=lambda model: (correlate(model, data.test, args), {}),
+        more=correlation if args.task == "cola" else None,
     )
 
 
 def correlate(model, test, args):
-    """CoLA's own score; the other tasks have none besides accuracy."""
-    if args.task != "cola":
-        return {}
+    """CoLA's own score."""
     outputs = model.predict(
         test[0], batch_size=args.preset.batch_size, verbose=0
     )

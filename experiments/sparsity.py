@@ -20,18 +20,13 @@ import sys
 import keras
 import numpy as np
 
-from experiments import body, measure, recipe
+from experiments import body, recipe
+from experiments.data import Synthetic
 from experiments.flags import Preset, parse_args
-from experiments.recipe import Data
+from experiments.sparsity_data import KEY_SIZE, QUERIES, VALUES
 
-QUERIES = 32
-KEY_SIZE = 32
-VALUES = 8
-WRONG = 0.25
 # Columns of a table over densities.
 DENSITY = ("density", "accuracy", "uniform")
-# Sequences of the validation and of the test set, at each density.
-HELD_OUT = 200
 PRESETS = {
     "cpu": Preset(
         length=256,
@@ -67,7 +62,15 @@ PRESETS = {
 def main(argv, task):
     args = parse_args(__doc__, PRESETS, argv, task, add_arguments)
     densities = check_densities(args.density, args.preset.length)
-    data = make_data(densities, args)
+    data = Synthetic(
+        "experiments.sparsity_data:make_data",
+        {
+            "densities": densities,
+            "length": args.preset.length,
+            "examples": args.preset.examples,
+            "seed": args.seed,
+        },
+    )
     title = f"Sparsity, {args.preset.length} tokens"
     if args.density:
         title += f", density {' '.join(map(str, densities))}"
@@ -76,7 +79,11 @@ def main(argv, task):
         title,
         data,
         build_model,
-        more=lambda model: ({}, score_each(densities, data.test, model, args)),
+        draw_all=True,
+        tabulate=lambda test, scores: (
+            {},
+            tabulate(densities, test, scores, args.draw_examples),
+        ),
     )
 
 
@@ -105,60 +112,6 @@ def check_densities(densities, length):
     return densities
 
 
-def generate(densities, length, rng):
-    """Sequences and their answers, one for each of `densities`.
-
-    Returns:
-        x: `(examples, length + QUERIES, KEY_SIZE + VALUES)`, each token's key
-            beside its value, one-hot; queries come last, with no value.
-        y: `(examples, QUERIES)`, the most common value of each query's group.
-    """
-    shape = len(densities), length + QUERIES, KEY_SIZE + VALUES
-    x = np.zeros(shape, "int8")
-    y = np.zeros(shape[:1] + (QUERIES,), "int32")
-    for i, density in enumerate(densities):
-        keys, values, groups = draw_groups(density, length, rng)
-        order = rng.permutation(length)
-        asked = rng.integers(len(keys), size=QUERIES)
-        x[i, :, :KEY_SIZE] = keys[np.append(groups[order], asked)]
-        x[i, np.arange(length), KEY_SIZE + values.ravel()[order]] = 1
-        # No wrong value comes first, and none is as common as the right one.
-        y[i] = values[asked, 0]
-    return x, y
-
-
-def draw_groups(density, length, rng):
-    """Keys `(groups, KEY_SIZE)`, values `(groups, size)`, group of each token.
-
-    The first values of a group are right and the last ones wrong.
-    """
-    size = round(density * length)
-    groups = length // size
-    # Signs at random: of 2**32 such keys no two of a sequence come close.
-    keys = rng.choice((-1, 1), size=(groups, KEY_SIZE))
-    values = np.repeat(rng.integers(VALUES, size=(groups, 1)), size, axis=1)
-    wrong = int(WRONG * size)
-    if wrong:
-        shifts = rng.integers(1, VALUES, size=(groups, wrong))
-        values[:, -wrong:] = (values[:, -wrong:] + shifts) % VALUES
-    return keys, values, np.repeat(np.arange(groups), size)
-
-
-def make_data(densities, args):
-    """Every split has all densities, in turn; the test set is of seed 0."""
-
-    def draw(examples, *seed):
-        levels = [densities[i % len(densities)] for i in range(examples)]
-        return generate(levels, args.preset.length, np.random.default_rng(seed))
-
-    held_out = HELD_OUT * len(densities)
-    return Data(
-        train=draw(args.preset.examples, args.seed, 0),
-        validation=draw(held_out, args.seed, 1),
-        test=draw(held_out, 0, 2),
-    )
-
-
 def build_model(args):
     shape = args.preset.length + QUERIES, KEY_SIZE + VALUES
     tokens = keras.Input(shape, dtype="int8")
@@ -171,24 +124,31 @@ def build_model(args):
     return keras.Model(tokens, keras.layers.Dense(VALUES)(x))
 
 
-def score_each(densities, test, model, args):
+def tabulate(densities, test, scores, draw_examples):
     """Accuracy at each density, printed and returned as arrays.
 
     Beside it stands that of the most common value of the whole sequence, which
     is what attention to all tokens alike can give.
 
+    Args:
+        densities: of the test sequences, in turn.
+        test: the test set, `(x, y)`.
+        scores: its `Scores`.
+        draw_examples: sequences of each density that fresh draws are scored on,
+            at most.
+
     Returns:
         `densities`, rows of `DENSITY`, and `density_draws`, scores of fresh
         draws at each.
     """
-    evaluate = measure.make_evaluation(args, model, measure.accuracy)
     print("density      accuracy  fresh draws      uniform")
     rows, all_draws = [], []
     for number, density in enumerate(densities):
-        x, y = (part[number :: len(densities)] for part in test)
+        own = slice(number, None, len(densities))
+        x, y = (part[own] for part in test)
         common_value = x[:, :-QUERIES, KEY_SIZE:].sum(1, dtype=int).argmax(1)
-        draws = measure.fresh_draws(args, model, (x, y), evaluate)
-        accuracy = evaluate((x, y))
+        draws = scores.means_of_draws(draw_examples, own)
+        accuracy = float(np.mean(scores.stored[own]))
         uniform = float(np.mean(y == common_value[:, np.newaxis]))
         spread = f"{np.mean(draws):.3f} ± {np.std(draws):.3f}" if draws else ""
         print(

@@ -178,19 +178,36 @@ def _manager(strategy, checkpoint, folder):
     return tf.train.CheckpointManager(checkpoint, folder, max_to_keep=2)
 
 
-def _step_function(strategy, model, optimizer, loss, jit_compile):
-    def replica_step(x, y):
+def training_step(model, optimizer, loss, replicas=1):
+    """A function of a batch `(x, y)` that trains on it, and returns the loss.
+
+    Args:
+        model: a built model.
+        optimizer: its optimizer.
+        loss: function of `(y, outputs)` to a loss for each example.
+        replicas: number of those that share the batch; the loss is a share.
+    """
+
+    def step(x, y):
         with tf.GradientTape() as tape:
             outputs = model(x, training=True)
             # Gradients are summed over replicas, so losses are shares.
             share = tf.reduce_mean(loss(y, outputs))
-            share /= strategy.num_replicas_in_sync
+            share /= replicas
             scaled = optimizer.scale_loss(share)
         variables = model.trainable_variables
         optimizer.apply_gradients(
             zip(tape.gradient(scaled, variables), variables, strict=True)
         )
         return share
+
+    return step
+
+
+def _step_function(strategy, model, optimizer, loss, jit_compile):
+    replica_step = training_step(
+        model, optimizer, loss, strategy.num_replicas_in_sync
+    )
 
     @tf.function(jit_compile=jit_compile)
     def step(x, y):

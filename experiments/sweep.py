@@ -38,7 +38,8 @@ def main(argv):
     failed = run_all(make_jobs(args), args)
     if failed:
         print(f"{len(failed)} runs failed: {', '.join(failed)}")
-    report.write(args.results)
+    if not args.pack:
+        report.write(args.results)
     return bool(failed)
 
 
@@ -64,6 +65,8 @@ def parse_args(argv):
         help="a flag's name and values, for each --vary",
     )
     add("--again", action="store_true", help="run what has a row, too")
+    add("--pack", type=Path, help="a folder to pack the runs into: see offload")
+    add("--unpack", type=Path, help="a folder of results to record")
     add("flags", nargs="*", help="after `--`: flags of every run")
     args = parser.parse_args(argv)
     args.attention = [attentions.split(text) for text in args.attention]
@@ -113,6 +116,10 @@ def run_all(jobs, args):
     done = set() if args.again else set(map(name, records.read(args.results)))
     waiting = [job for job in jobs if name(job) not in done]
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done before")
+    if args.pack or args.unpack:
+        from experiments import offload
+
+        return offload.run_all(waiting, args)
     failed = []
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         futures = {pool.submit(run, job, args): job for job in waiting}

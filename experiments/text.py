@@ -24,9 +24,9 @@ import tensorflow_text
 
 import keras_kt
 from experiments import body, recipe, reviews
+from experiments.data import Data
 from experiments.flags import Preset, parse_args
 from experiments.measure import linear_floor
-from experiments.recipe import Data
 
 PRESETS = {
     "cpu": Preset(

@@ -12,7 +12,7 @@ from tests.helpers.scripts import arguments, script
 @pytest.mark.parametrize("density", [1.0, 0.25, 1 / 16])
 def test_exact_attention_answers_every_query(density):
     """Attention to the tokens with the query's key, by hand."""
-    task = script("sparsity")
+    task = script("sparsity_data")
     x, y = task.generate([density] * 5, 16, np.random.default_rng(0))
     tokens, queries = x[:, : -task.QUERIES], x[:, -task.QUERIES :]
     assert not queries[:, :, task.KEY_SIZE :].any()
@@ -31,8 +31,9 @@ def test_sparsity_is_seeded_and_densities_are_checked():
     assert task.check_densities([0.25, 1.0], 12) == [1.0, 0.25]
     with pytest.raises(SystemExit, match="divide the tokens"):
         task.check_densities([1 / 8], 12)
+    data = script("sparsity_data")
     first, same, other = (
-        task.generate([0.5, 1.0], 8, np.random.default_rng(seed))[0]
+        data.generate([0.5, 1.0], 8, np.random.default_rng(seed))[0]
         for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, same)
