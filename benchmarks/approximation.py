@@ -43,7 +43,7 @@ def attention_matrix(method, num_features, query, key, seed):
     feature_map.build(1)
     features = feature_map.bind(prior())
     query, key = (
-        tf.exp(tf.cast(features(x[np.newaxis, np.newaxis]), tf.float64))
+        tf.exp(tf.cast(features.keys(x[np.newaxis, np.newaxis]), tf.float64))
         for x in (query, key)
     )
     kernel = tf.matmul(query, key, transpose_b=True)[0, 0]

@@ -27,6 +27,7 @@ from keras_kt.layers.transformer import (
 from keras_kt.ops.states import AttentionState, NearFieldState
 from keras_kt.priors import (
     DistributionPrior,
+    EmpiricalPrior,
     FastFoodPrior,
     Frequencies,
     GeneratorPrior,
@@ -44,6 +45,7 @@ __all__ = [
     "AttentionState",
     "DecoderState",
     "DistributionPrior",
+    "EmpiricalPrior",
     "FastFoodPrior",
     "FeatureMap",
     "Frequencies",

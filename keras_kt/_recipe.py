@@ -2,20 +2,23 @@
 
 import inspect
 
-import keras
-
 from keras_kt import _checks
+from keras_kt._pace import PacedLayer
 
 
-class Recipe(keras.layers.Layer):
+class Recipe(PacedLayer):
     """A float32 layer that can be copied before it is built.
 
     The base of spectral priors and feature maps. Their parameters stay float32
     under any policy: an error in ω·x is a relative error of the kernel.
+
+    Args:
+        pace: how many times as fast as other weights its own move. Defaults to
+            `None`, which means the `spectral_pace` of the layer that owns it.
     """
 
     # Arguments of base classes, which `**kwargs` of a constructor take.
-    inherited = ("name", "trainable")
+    inherited = ("name", "trainable", "pace")
 
     def __new__(cls, *args, **kwargs):
         recipe = super().__new__(cls, *args, **kwargs)
@@ -23,8 +26,9 @@ class Recipe(keras.layers.Layer):
         object.__setattr__(recipe, "_given", (args, kwargs))
         return recipe
 
-    def __init__(self, **kwargs):
+    def __init__(self, *, pace=None, **kwargs):
         super().__init__(**{**_checks.keywords(kwargs), "dtype": "float32"})
+        self.pace = _checks.number("pace", pace, is_open=True, optional=True)
 
     def copy(self, **changes):
         """An unbuilt recipe like this one, but for some arguments.
@@ -48,4 +52,4 @@ class Recipe(keras.layers.Layer):
     def get_config(self):
         config = super().get_config()
         config.pop("dtype", None)
-        return config
+        return {**config, "pace": self.pace}

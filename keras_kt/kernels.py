@@ -166,6 +166,10 @@ class _Empirical:
 
     def positive(self, x, y, total, feature_map):
         terms = np.cosh if feature_map.two_sided else np.exp
+        if feature_map.prefactor == "self":
+            return _self_normalized(
+                x, y, lambda z: terms(self._products(z)).mean(axis=-1)
+            )
         second = np.square(self.frequencies).mean(axis=1)
         if feature_map.prefactor == "isotropic":
             second = np.ones_like(second)
@@ -199,6 +203,8 @@ class _Gaussian:
 
     def positive(self, x, y, total, feature_map):
         prefactor = feature_map.prefactor
+        if prefactor == "self":
+            return _self_normalized(x, y, self._moment)
         terms = self._radial(self._squares(total))
         if prefactor != "softmax":
             terms *= np.exp(np.einsum("hnmd,hcd->hcnm", total, self.means))
@@ -211,6 +217,12 @@ class _Gaussian:
                 norm = np.sum(mapped**2, axis=-1)
             norms.append((0.5 if prefactor in _HALF else 1.0) * norm)
         terms *= np.exp(-norms[0][..., :, None] - norms[1][..., None, :])
+        return np.einsum("hc,hcnm->hnm", self.probabilities, terms)
+
+    def _moment(self, points):
+        """E exp(ω·z), `(heads, n, m)`."""
+        terms = self._radial(self._squares(points))
+        terms *= np.exp(np.einsum("hnmd,hcd->hcnm", points, self.means))
         return np.einsum("hc,hcnm->hnm", self.probabilities, terms)
 
     def _squares(self, points):
@@ -239,6 +251,8 @@ class _Independent:
         prefactor = feature_map.prefactor
         if self._moment is None:
             raise ValueError("This law has no moment generating function.")
+        if prefactor == "self":
+            return _self_normalized(x, y, self._moment_at)
         terms = np.prod(self._moment(total), axis=-1)
         variance = self._variance
         if prefactor == "isotropic":
@@ -249,6 +263,16 @@ class _Independent:
         h_x = share * np.einsum("hnd,hd->hn", x**2, variance)
         h_y = share * np.einsum("hnd,hd->hn", y**2, variance)
         return terms * np.exp(-h_x[..., :, None] - h_y[..., None, :])
+
+    def _moment_at(self, points):
+        shift = np.einsum("hnmd,hd->hnm", points, self.location)
+        return np.prod(self._moment(points), axis=-1) * np.exp(shift)
+
+
+def _self_normalized(x, y, moment):
+    """E exp(ω·(x + y)) over E exp(ω·x) and E exp(ω·y), `(heads, n, m)`."""
+    x, y = x[:, :, None], y[:, None]
+    return moment(x + y) / (moment(x) * moment(y))
 
 
 def sphere_moment(squares, dim):

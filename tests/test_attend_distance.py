@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("small_blocks")
 
 # The default of layers; its closed form leaves out a factor of the query.
 DEFAULT = ("normal", "positive")
+MAPS = {**BOUND, "self-normalized": problems.SELF_NORMALIZED}
 # Near 0: features at any distance.
 OPTIONS = ((0, True), (5, False), (5, True))
 
@@ -28,15 +29,15 @@ def quick_if(is_quick, *case):
     [
         (name, *options, algorithm)
         for name, options, algorithm in itertools.product(
-            BOUND, OPTIONS, ALGORITHMS
+            MAPS, OPTIONS, ALGORITHMS
         )
-        if problems.allows(BOUND[name], algorithm, *options)
+        if problems.allows(MAPS[name], algorithm, *options)
     ],
 )
 def test_outputs_and_gradients_match_float64_numpy(
     name, near, fades, algorithm
 ):
-    problems.check(algorithm, BOUND[name], near=near, fades=fades, masked=True)
+    problems.check(algorithm, MAPS[name], near=near, fades=fades, masked=True)
 
 
 @pytest.mark.slow

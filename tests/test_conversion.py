@@ -383,7 +383,7 @@ def test_tilted_prefactor_weighs_keys_by_the_mean():
     kind = cases.reference_kind(feature_map, {})
     bound = feature_map.bind(prior())
     np.testing.assert_allclose(
-        np.exp(bound(tf.constant(query))),
+        np.exp(bound.keys(tf.constant(query))),
         reference.features(query, frequencies, kind),
         rtol=1e-4,
     )

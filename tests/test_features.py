@@ -89,7 +89,7 @@ def test_features_and_gradients_match_float64_numpy(name, kind):
     with tf.GradientTape() as tape:
         tape.watch(list(tensors.values()))
         bound = feature_map.bind(frequencies_of(tensors), SCALE)
-        features = bound(tensors["x"])
+        features = bound.keys(tensors["x"])
         if bound.positive:
             features = tf.exp(features)
         loss = tf.reduce_sum(features * tf.cast(upstream, tf.float32))
@@ -119,8 +119,8 @@ def test_features_and_gradients_match_float64_numpy(name, kind):
 
 @pytest.mark.parametrize("kind", DRAWS)
 @pytest.mark.parametrize("name", MAPS)
-def test_relative_features_differ_by_a_factor_of_each_token(name, kind):
-    """Attention cancels it; trigonometric features have no such form."""
+def test_features_of_queries_lack_a_factor_of_each_token(name, kind):
+    """Attention cancels it; an absolute map has it, as trigonometric ones."""
     feature_map = MAPS[name]()
     feature_map.build(cases.HEADS)
     tensors = {k: tf.constant(x, tf.float32) for k, x in draw_of(kind).items()}
@@ -129,9 +129,9 @@ def test_relative_features_differ_by_a_factor_of_each_token(name, kind):
     bound = feature_map.bind(frequencies_of(tensors))
     x = tf.constant(cases.inputs()[0])
     if not bound.positive:
-        assert not hasattr(bound, "relative")
+        np.testing.assert_array_equal(bound.keys(x), bound.queries(x))
         return
-    factor = bound(x) - bound.relative(x)
+    factor = bound.keys(x) - bound.queries(x)
     np.testing.assert_allclose(
         factor, factor[..., :1] + tf.zeros_like(factor), atol=1e-5
     )

@@ -105,7 +105,7 @@ def estimates(prior, feature_map, x, y, draws):
     @tf.function
     def one(seed):
         bound = feature_map.bind(prior(seed=seed))
-        phi_x, phi_y = bound(x[tf.newaxis]), bound(y[tf.newaxis])
+        phi_x, phi_y = bound.keys(x[tf.newaxis]), bound.keys(y[tf.newaxis])
         if bound.positive:
             phi_x, phi_y = tf.exp(phi_x), tf.exp(phi_y)
         return tf.matmul(phi_x, phi_y, transpose_b=True)[0]
@@ -226,7 +226,7 @@ def test_prior_gradients_match_differences_of_the_closed_form(
     def gradient(seed):
         with tf.GradientTape() as tape:
             bound = feature_map.bind(prior(seed=seed))
-            phi_x, phi_y = bound(x[tf.newaxis]), bound(y[tf.newaxis])
+            phi_x, phi_y = bound.keys(x[tf.newaxis]), bound.keys(y[tf.newaxis])
             if bound.positive:
                 phi_x, phi_y = tf.exp(phi_x), tf.exp(phi_y)
             loss = tf.reduce_sum(phi_x * phi_y)
@@ -284,7 +284,7 @@ def test_fastfood_and_generator_features_equal_their_own_atoms(map_name):
         prior, feature_map = cases.build(name, map_name, dim=8)
         x = 0.3 * np.random.default_rng(0).normal(size=(cases.HEADS, 3, 8))
         bound = feature_map.bind(prior())
-        phi = bound(tf.constant(x[np.newaxis], tf.float32))
+        phi = bound.keys(tf.constant(x[np.newaxis], tf.float32))
         if bound.positive:
             phi = tf.exp(phi)
         got = tf.matmul(phi, phi, transpose_b=True)[0]

@@ -348,7 +348,7 @@ def test_scaled_heads_give_the_weights(qk_norm, near_field):
         np.testing.assert_allclose(weights, softmax, atol=1e-5)
     else:
         bound = layer.bound()
-        features = [tf.exp(bound(x)) for x in (query, key)]
+        features = tf.exp(bound.queries(query)), tf.exp(bound.keys(key))
         kernel = tf.matmul(*features, transpose_b=True)
         weights = kernel / tf.reduce_sum(kernel, -1, keepdims=True)
     np.testing.assert_allclose(

@@ -506,7 +506,7 @@ def test_positive_features_of_every_light_law_have_finite_gradients(name):
     x = np.random.default_rng(0).normal(size=(1, HEADS, 5, DIM))
     with tf.GradientTape() as tape:
         bound = feature_map.bind(prior(), 0.7)
-        total = tf.reduce_sum(tf.exp(bound(tf.constant(x, tf.float32))))
+        total = tf.reduce_sum(tf.exp(bound.keys(tf.constant(x, tf.float32))))
     for gradient in tape.gradient(total, prior.trainable_variables):
         assert gradient is not None and np.isfinite(gradient).all()
 

@@ -120,8 +120,9 @@ def convert_attention(
         if why_not:
             entries.append(ConvertedLayer(path, "kept", None, why_not))
             continue
+        # Softmax does not normalize, whatever features do by themselves.
         changes = dict(
-            kwargs,
+            {"qk_norm": None} | kwargs,
             spectral_prior=spectral_prior,
             feature_map=feature_map,
             num_features=counts.get(path),

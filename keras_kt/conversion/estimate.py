@@ -32,7 +32,9 @@ def estimate(layer, query, key, value, visible, prior=None):
     return ops.attend_with_matrix(
         *layer.scaled(query, key),
         value,
-        layer.feature_map.bind(prior.stored_frequencies()),
+        layer.feature_map.bind(
+            prior.stored_frequencies(), is_absolute=near is not None
+        ),
         attention_mask=visible,
         near=near,
     )

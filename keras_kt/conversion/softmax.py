@@ -95,7 +95,7 @@ def nominal_logits(layer, query, key):
     if not isinstance(layer, KernelizedAttention):
         logits = tf.einsum("bthd,bshd->bhts", query, key)
         return logits * layer.key_dense.kernel.shape[-1] ** -0.5
-    if layer.qk_norm:
+    if layer.temperature is not None:
         raise ValueError(
             "A layer that normalizes queries and keys stands for no softmax "
             f"attention. Received: layer {layer.name!r} with qk_norm="

@@ -94,7 +94,7 @@ def kernel_errors(model, data):
 
 
 def _softmax_map(layer, call):
-    if layer.qk_norm or call["query"].shape.rank != 4:
+    if layer.temperature is not None or call["query"].shape.rank != 4:
         return None
     logits = nominal_logits(layer, call["query"], call["key"])
     return masked_softmax(logits, visible_pairs(call)).numpy()

@@ -138,7 +138,7 @@ def _values(layer, distances, sums):
     prior, feature_map = layer.spectral_prior, layer.feature_map
     if prior.num_components > 1:
         values["probability"] = component_shares(layer)
-    if layer.qk_norm:
+    if layer.temperature is not None:
         values["temperature"] = layer.temperature
     if feature_map.is_shift_invariant:
         values["smoothing"] = feature_map.smoothing_weights

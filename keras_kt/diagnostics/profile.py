@@ -73,7 +73,7 @@ def kernel_profile(layer, distances=None, *, directions=64, seed=0):
     unit = np.random.default_rng(seed).normal(size=(directions, layer.key_dim))
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     omega, weights = spectrum(layer)
-    if not layer.qk_norm:
+    if layer.temperature is None:
         # Distances are after a norm; without one all heads are scaled alike.
         unit, _ = layer.scaled(*2 * [unit[np.newaxis, :, np.newaxis]])
         unit = np.asarray(unit[0, :, 0], "float64")

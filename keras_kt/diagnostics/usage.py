@@ -49,7 +49,8 @@ def _key_features(layer, call):
     """
     _, key = scaled_tokens(layer, call)
     bound = layer.bound()
-    phi = bound(tf.constant(key[np.newaxis]))[0].numpy().astype("float64")
+    phi = bound.keys(tf.constant(key[np.newaxis]))[0].numpy()
+    phi = phi.astype("float64")
     if bound.positive:
         phi = np.exp(phi - phi.max(axis=-1, keepdims=True))
         phi /= np.linalg.norm(phi, axis=-1, keepdims=True)

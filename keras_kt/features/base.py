@@ -1,8 +1,9 @@
 """Feature maps: from a query or key to its features φ_ω(x), per head.
 
 Equations 5-9 of arXiv 2110.08323; the paper's M is `num_frequencies` here. A
-map is bound to one draw of `Frequencies`, which gives a function from
-`(batch, heads, length, head_dim)` to `(batch, heads, length, feature_dim)`.
+map is bound to one draw of `Frequencies`, which gives functions of queries and
+of keys from `(batch, heads, length, head_dim)` to
+`(batch, heads, length, feature_dim)`.
 """
 
 import tensorflow as tf
@@ -20,6 +21,10 @@ class FeatureMap(Recipe):
     is_shift_invariant = False
     # Of N(μ, I) it is exp(x·y), up to factors of x and exp(μ·y).
     is_softmax = False
+    # Where a layer's `qk_norm` is "auto": whether it is "l2", and the
+    # temperature that this starts at.
+    needs_unit_norm = False
+    initial_temperature = 1.0
 
     def num_frequencies(self, num_features: int) -> int:
         """Frequencies that give `num_features` features."""
@@ -48,8 +53,27 @@ class FeatureMap(Recipe):
         """Creates the weights, if the map has any."""
         self.built = True
 
-    def bind(self, frequencies: Frequencies, scale: float = 1.0):
-        """A function from x to φ(scale · x), for one draw of frequencies."""
+    def bind(
+        self,
+        frequencies: Frequencies,
+        scale: float = 1.0,
+        *,
+        is_absolute: bool = False,
+    ):
+        """The map φ(scale · x) for one draw of frequencies.
+
+        Args:
+            frequencies: `Frequencies`.
+            scale: factor of queries and keys.
+            is_absolute: whether features of queries have to be comparable with
+                `exact_kernel`, as for a near field, and not only with those of
+                the same query.
+
+        Returns:
+            A named tuple of tensors with `queries` and `keys`, functions to
+            features, or to their logarithms if its `positive` is true; and
+            `width`, the size of their last axis.
+        """
         raise NotImplementedError
 
     def is_tilted(self, prior: SpectralPrior) -> bool:
@@ -88,11 +112,3 @@ class FeatureMap(Recipe):
             An `ExactKernel`, or `None` where no closed form is known.
         """
         return None
-
-
-def per_frequency(components: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
-    """Repeats the last axis, components, to the frequencies of `like`."""
-    count = components.shape[-1]
-    if count == 1:
-        return components
-    return tf.repeat(components, like.shape[-1] // count, axis=-1)

@@ -11,10 +11,10 @@ import keras
 import tensorflow as tf
 
 from keras_kt import _checks
-from keras_kt.features.base import FeatureMap, per_frequency
+from keras_kt.features.base import FeatureMap
 from keras_kt.numerics import precise_product
 
-PREFACTORS = ("softmax", "tilted", "gaussian", "isotropic")
+PREFACTORS = ("softmax", "tilted", "gaussian", "isotropic", "self")
 
 
 class PositiveMap(NamedTuple):
@@ -24,16 +24,21 @@ class PositiveMap(NamedTuple):
         projection: `(heads, head_dim, num_frequencies)`.
         linear: `(heads, head_dim, components)` or `None`.
         quadratic: `(heads, head_dim, components)` for Σ_d q_d x_d², or
-            `(heads, components, head_dim, head_dim)` for |qᵀx|².
+            `(heads, components, head_dim, head_dim)` for |qᵀx|². `None` for
+            features that are normalized by themselves.
         log_amplitudes: `(heads, 1, components)`.
         two_sided: whether each frequency gives exp(+ω·x) and exp(−ω·x).
+        key_projection: like `projection`, where that of keys is another.
+        is_absolute: whether queries keep factors that attention cancels.
     """
 
     projection: tf.Tensor
     linear: tf.Tensor | None
-    quadratic: tf.Tensor
+    quadratic: tf.Tensor | None
     log_amplitudes: tf.Tensor
     two_sided: bool
+    key_projection: tf.Tensor | None = None
+    is_absolute: bool = False
 
     positive = True
 
@@ -42,30 +47,71 @@ class PositiveMap(NamedTuple):
         """Size of the feature axis."""
         return self.projection.shape[-1] * (2 if self.two_sided else 1)
 
-    def __call__(self, x: tf.Tensor) -> tf.Tensor:
-        return self._sides(x, self.exponent(x))
+    @property
+    def is_self_normalized(self) -> bool:
+        return self.quadratic is None
+
+    def keys(self, x: tf.Tensor) -> tf.Tensor:
+        """Log-features of keys."""
+        projection = self.projection
+        if self.key_projection is not None:
+            projection = self.key_projection
+        return self._complete(x, projection)
+
+    def queries(self, x: tf.Tensor) -> tf.Tensor:
+        """Log-features of queries, up to a factor of each unless absolute."""
+        if self.is_absolute:
+            return self._complete(x, self.projection)
+        exponent = tf.zeros_like(self.log_amplitudes)
+        if self.log_amplitudes.shape[-1] > 1:
+            exponent = self.exponent(x)
+        return self._sides(x, self.projection, exponent)
 
     def exponent(self, x: tf.Tensor) -> tf.Tensor:
-        """What the log-features of a component share."""
-        exponent = self.log_amplitudes - self._quadratic_form(x)
+        """What the log-features of a component share.
+
+        Self-normalized ones share one more term, `log_mass` of all.
+        """
+        exponent = self.log_amplitudes
+        if not self.is_self_normalized:
+            exponent -= self._quadratic_form(x)
         if self.linear is not None:
             exponent += precise_product(x, self.linear)
         return exponent
 
-    def relative(self, x: tf.Tensor) -> tf.Tensor:
-        """Log-features up to a constant of each x, which attention cancels."""
-        if self.log_amplitudes.shape[-1] > 1:
-            return self(x)
-        return self._sides(x, tf.zeros_like(self.log_amplitudes))
+    def log_mass(self, log_features: tf.Tensor) -> tf.Tensor:
+        """log Σ_m π_m exp(ω_m·x), from log-features without that factor.
 
-    def _sides(self, x, exponent):
-        projected = precise_product(x, self.projection)
-        exponent = per_frequency(exponent, projected)
+        Args:
+            log_features: `(…, features)`, or what features of a component have
+                in common, `(…, components)`.
+        """
+        terms = log_features + self._per_feature(
+            self.log_amplitudes, log_features.shape[-1]
+        )
+        return tf.reduce_logsumexp(terms, axis=-1, keepdims=True)
+
+    def _complete(self, x, projection):
+        features = self._sides(x, projection, self.exponent(x))
+        if self.is_self_normalized:
+            features -= self.log_mass(features)
+        return features
+
+    def _sides(self, x, projection, exponent):
+        projected = precise_product(x, projection)
         if self.two_sided:
             projected = tf.concat([projected, -projected], -1)
-            if exponent.shape[-1] > 1:
-                exponent = tf.concat([exponent, exponent], -1)
-        return projected + exponent
+        return projected + self._per_feature(exponent, projected.shape[-1])
+
+    def _per_feature(self, components, width):
+        """Repeats the last axis, components, to that of features."""
+        count = components.shape[-1]
+        if count in (1, width):
+            return components
+        if self.two_sided:
+            components = tf.repeat(components, width // count // 2, axis=-1)
+            return tf.concat([components, components], -1)
+        return tf.repeat(components, width // count, axis=-1)
 
     def _quadratic_form(self, x):
         if self.quadratic.shape.rank == 3 and self.quadratic.shape[-1] == 1:
@@ -81,8 +127,8 @@ class ExactKernel(NamedTuple):
     """The kernel that a `PositiveMap` of Gaussian frequencies estimates.
 
     It is Σ_c exp(q̃_c·k̃_c), up to the factor of the query that the map's
-    `relative` leaves out, where q̃_c and k̃_c are x under a factor of Σ_c with
-    two more coordinates.
+    `queries` leave out, where q̃_c and k̃_c are x under a factor of Σ_c with two
+    more coordinates.
 
     Attributes:
         feature_map: the `PositiveMap`.
@@ -96,17 +142,25 @@ class ExactKernel(NamedTuple):
     def queries(self, x: tf.Tensor) -> tf.Tensor:
         """q̃, `(batch, heads, length, components, head_dim + 2)`."""
         mapped, exponent = self._mapped(x)
-        if self.factors.shape[1] > 1:
-            exponent += self.feature_map.exponent(x)
+        if self.factors.shape[1] > 1 or self.feature_map.is_absolute:
+            exponent = self._complete(x, exponent)
         return self._join(mapped, exponent, tf.ones_like(exponent))
 
     def keys(self, x: tf.Tensor) -> tf.Tensor:
         """k̃, like q̃."""
         mapped, exponent = self._mapped(x)
-        # Features are a sum over frequencies and sides.
-        terms = self.feature_map.width // self.factors.shape[1]
-        exponent += self.feature_map.exponent(x) + math.log(terms)
+        exponent = self._complete(x, exponent) + self._log_terms()
         return self._join(mapped, tf.ones_like(exponent), exponent)
+
+    def _complete(self, x, exponent):
+        exponent += self.feature_map.exponent(x)
+        if self.feature_map.is_self_normalized:
+            exponent -= self.feature_map.log_mass(exponent) + self._log_terms()
+        return exponent
+
+    def _log_terms(self):
+        # Features are a sum over frequencies and sides.
+        return math.log(self.feature_map.width // self.factors.shape[1])
 
     def _mapped(self, x):
         if self.factors.shape.rank == 3:
@@ -136,7 +190,10 @@ class PositiveFeatures(FeatureMap):
             exp(qᵀΣk + μ·k): softmax of queries whose mean, moved into μ, costs
             no variance. `"gaussian"`: −xᵀΣx, so that they weigh
             exp(μ·k − ½(q−k)ᵀΣ(q−k)). `"isotropic"`: −|x|² whatever Σ is, the
-            paper's released form.
+            paper's released form. `"self"`: −log Σ_m π_m exp(ω_m·x) of the
+            frequencies at hand, where the others have its limit for many: the
+            features of each key sum to one, so that none weighs more or less by
+            the luck of the draw.
         two_sided: whether every frequency ω = μ + δ is used with its mirror
             image μ − δ. Half the projections for a given number of features,
             and a smaller error. Defaults to `True`.
@@ -163,7 +220,7 @@ class PositiveFeatures(FeatureMap):
 
     @property
     def is_softmax(self):
-        return self.prefactor in ("softmax", "tilted")
+        return self.prefactor in ("softmax", "tilted", "self")
 
     def is_tilted(self, prior):
         is_normal = prior.is_gaussian and prior.num_components == 1
@@ -183,38 +240,52 @@ class PositiveFeatures(FeatureMap):
                 "any distribution, or has_moment_generating_function=True if "
                 "you know that it exists."
             )
-        if prior.has_mean and self.prefactor == "softmax":
+        is_cancelled = self.prefactor == "softmax" or (
+            self.prefactor == "self" and prior.num_components == 1
+        )
+        if prior.has_mean and is_cancelled:
             raise ValueError(
-                "The softmax prefactor cancels the mean of the prior, so that "
-                "it would never be trained. Received: prefactor='softmax' with "
+                f"The {self.prefactor} prefactor cancels the mean of the "
+                "prior, so that it would never be trained. Received: prefactor="
+                f"{self.prefactor!r} with "
                 f"use_mean=True in {type(prior).__name__}. Use "
                 'PositiveFeatures(prefactor="tilted"), which keeps it, '
                 'prefactor="gaussian", trigonometric features, or '
                 "use_mean=False."
             )
 
-    def bind(self, frequencies, scale=1.0):
+    def bind(self, frequencies, scale=1.0, *, is_absolute=False):
+        def projection(offsets):
+            return scale * tf.linalg.matrix_transpose(offsets)
+
         linear = None
         if self.prefactor != "softmax" and frequencies.means is not None:
-            linear = scale * tf.linalg.matrix_transpose(frequencies.means)
-        covariances = frequencies.covariances
-        is_half = self.prefactor in ("softmax", "tilted")
-        share = scale**2 * (0.5 if is_half else 1.0)
-        if self.prefactor == "isotropic":
-            quadratic = share * tf.ones_like(frequencies.offsets[:, :1])
-            quadratic = tf.linalg.matrix_transpose(quadratic)
-        elif covariances.shape.rank == 3:
-            quadratic = share * tf.linalg.matrix_transpose(covariances)
-        else:
-            quadratic = math.sqrt(share) * covariances
+            linear = projection(frequencies.means)
+        of_keys = frequencies.key_offsets
         return PositiveMap(
-            projection=scale * tf.linalg.matrix_transpose(frequencies.offsets),
+            projection=projection(frequencies.offsets),
             linear=linear,
-            quadratic=quadratic,
+            quadratic=self._quadratic(frequencies, scale),
             log_amplitudes=0.5
             * (frequencies.log_weights - math.log(self.sides))[:, tf.newaxis],
             two_sided=self.two_sided,
+            key_projection=None if of_keys is None else projection(of_keys),
+            # Closed forms leave out of both fields what queries may.
+            is_absolute=is_absolute and self.prefactor == "self",
         )
+
+    def _quadratic(self, frequencies, scale):
+        if self.prefactor == "self":
+            return None
+        is_half = self.prefactor in ("softmax", "tilted")
+        share = scale**2 * (0.5 if is_half else 1.0)
+        if self.prefactor == "isotropic":
+            ones = tf.ones_like(frequencies.offsets[:, :1])
+            return share * tf.linalg.matrix_transpose(ones)
+        covariances = frequencies.covariances
+        if covariances.shape.rank == 3:
+            return share * tf.linalg.matrix_transpose(covariances)
+        return math.sqrt(share) * covariances
 
     def has_exact_kernel(self, prior):
         return prior.is_gaussian
@@ -227,7 +298,8 @@ class PositiveFeatures(FeatureMap):
         factors = frequencies.covariances
         if factors.shape.rank == 3:
             factors = tf.sqrt(factors)
-        return ExactKernel(self.bind(frequencies, scale), scale * factors)
+        bound = self.bind(frequencies, scale, is_absolute=True)
+        return ExactKernel(bound, scale * factors)
 
     def get_config(self):
         return {

@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_kt import _checks
-from keras_kt.features.base import FeatureMap, per_frequency
+from keras_kt.features.base import FeatureMap
 from keras_kt.numerics import precise_product, sine_and_cosine
 
 # Lost in the rounding of any smoothing that matters.
@@ -21,11 +21,13 @@ class TrigonometricMap(NamedTuple):
         projection: `(heads, head_dim, num_frequencies)`.
         amplitudes: `(heads, 1, num_frequencies)`.
         smoothing: `(heads, 1, 1)`, the constant that the kernel gains.
+        key_projection: like `projection`, where that of keys is another.
     """
 
     projection: tf.Tensor
     amplitudes: tf.Tensor
     smoothing: tf.Tensor
+    key_projection: tf.Tensor | None = None
 
     positive = False
 
@@ -34,8 +36,18 @@ class TrigonometricMap(NamedTuple):
         """Size of the feature axis."""
         return 2 * self.projection.shape[-1] + 1
 
-    def __call__(self, x: tf.Tensor) -> tf.Tensor:
-        angles = precise_product(x, self.projection)
+    def queries(self, x: tf.Tensor) -> tf.Tensor:
+        """Features of queries."""
+        return self._features(x, self.projection)
+
+    def keys(self, x: tf.Tensor) -> tf.Tensor:
+        """Features of keys."""
+        if self.key_projection is not None:
+            return self._features(x, self.key_projection)
+        return self._features(x, self.projection)
+
+    def _features(self, x, projection):
+        angles = precise_product(x, projection)
         constant = tf.sqrt(self.smoothing) * tf.ones_like(angles[..., :1])
         sine, cosine = sine_and_cosine(angles)
         return tf.concat(
@@ -70,6 +82,8 @@ class TrigonometricFeatures(FeatureMap):
 
     sides = 2
     is_shift_invariant = True
+    needs_unit_norm = True
+    initial_temperature = 2.0
 
     def __init__(self, smoothing=0.1, *, trainable=True, **kwargs):
         super().__init__(trainable=trainable, **kwargs)
@@ -77,11 +91,10 @@ class TrigonometricFeatures(FeatureMap):
 
     def build(self, num_heads):
         raw = self.smoothing + math.log(-math.expm1(-self.smoothing))
-        self._raw_smoothing = self.add_weight(
-            name="spectral_smoothing",
-            shape=(int(num_heads), 1, 1),
-            initializer=keras.initializers.Constant(raw),
-            autocast=False,
+        self._raw_smoothing = self.paced_weight(
+            "spectral_smoothing",
+            (int(num_heads), 1, 1),
+            keras.initializers.Constant(raw),
         )
         self.built = True
 
@@ -92,21 +105,34 @@ class TrigonometricFeatures(FeatureMap):
     @property
     def smoothing_weights(self) -> tf.Tensor:
         """s of each head, `(heads, 1, 1)`."""
-        raw = tf.convert_to_tensor(self._raw_smoothing)
+        raw = self.value_of(self._raw_smoothing)
         # Never zero: the constant feature counts the keys.
         return tf.nn.softplus(raw) + _LEAST_SMOOTHING
 
-    def bind(self, frequencies, scale=1.0):
+    def bind(self, frequencies, scale=1.0, *, is_absolute=False):
+        # Features of queries are always absolute.
         projection = tf.linalg.matrix_transpose(frequencies.offsets)
+        of_keys = frequencies.key_offsets
         if frequencies.means is not None:
             means = tf.linalg.matrix_transpose(frequencies.means)
-            projection += per_frequency(means, projection)
+            projection += _per_frequency(means, projection)
         amplitudes = tf.exp(0.5 * frequencies.log_weights)[:, tf.newaxis]
+        if of_keys is not None:
+            of_keys = scale * tf.linalg.matrix_transpose(of_keys)
         return TrigonometricMap(
             scale * projection,
-            per_frequency(amplitudes, projection[:, :1]),
+            _per_frequency(amplitudes, projection),
             self.smoothing_weights,
+            of_keys,
         )
 
     def get_config(self):
         return {**super().get_config(), "smoothing": self.smoothing}
+
+
+def _per_frequency(components, like):
+    """Repeats the last axis, components, to the frequencies of `like`."""
+    count = components.shape[-1]
+    if count == 1:
+        return components
+    return tf.repeat(components, like.shape[-1] // count, axis=-1)

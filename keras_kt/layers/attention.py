@@ -33,18 +33,17 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
     """Multi-head attention with a learned kernel, in time linear in length.
 
     Takes the place of `keras.layers.MultiHeadAttention`: same arguments, same
-    call, same weights first. Weights of keys are k(q, k) / Σ k(q, ·) with
-    k(x, y) = E[φ_ω(x)·φ_ω(y)], ω drawn from a trainable spectral prior; the
-    matrix is never formed.
+    call, same weights first. Keys weigh k(q, k) / Σ k(q, ·) with k(x, y) =
+    E[φ_ω(x)·φ_ω(y)], ω drawn from a trainable spectral prior; no matrix.
 
-    Masked keys leave numerator and normalizer by selection, so their content
-    (NaN too) has no effect. Masked queries, and queries that see no key, get a
-    zero context (the output bias). True keeps in every mask.
+    Masked keys leave by selection: their content (NaN too) has no effect.
+    Masked queries, and queries that see no key, get a zero context (the output
+    bias). True keeps in every mask.
 
     Args:
         num_heads: number of attention heads.
-        key_dim, value_dim: size of each head for query and key, and for value.
-            `value_dim` defaults to `key_dim`.
+        key_dim, value_dim: size of each head of query and key, and of value,
+            which defaults to `key_dim`.
         dropout: rate of dropout on the heads' outputs; there is no matrix.
         use_bias: whether the projections have biases.
         output_shape: shape of an output token. Defaults to the query's.
@@ -56,29 +55,29 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
             activity_regularizer, kernel_constraint, bias_constraint and
             use_gate.
         seed: integer seed of the stored draw, of redraws and of dropout.
-            Defaults to `None`, which means one from Keras's global generator.
+            Defaults to one from Keras's global generator.
         spectral_prior: `"normal"` (default), `"mixture"`, `"fastfood"`,
-            `"generator"`, or a `SpectralPrior`, which is a recipe: the built
-            copy is `layer.spectral_prior`.
+            `"generator"`, `"empirical"`, or a `SpectralPrior`: a recipe, whose
+            built copy is `layer.spectral_prior`.
         feature_map: `"positive"` (default; also `"prf"`), `"trigonometric"`
             (also `"rks"`), or an instance of a `FeatureMap`.
-        num_features: D, the width of φ per head. Defaults to `None`, which
-            means 2 · key_dim for each component of the prior.
-        qk_norm: `None` (default) scales queries and keys as
-            `MultiHeadAttention` does; `"l2"` normalizes them and learns a
-            temperature per head, which bounds the logits.
-        redraw: `"never"` (default): one stored draw of the base noise, a
-            weight. `"step"`: fresh noise at every training step, and the stored
-            draw for all else.
+        num_features: D, the width of φ. Defaults to 2 · key_dim · components.
+        qk_norm: `None` scales queries and keys as `MultiHeadAttention` does;
+            `"l2"` normalizes them and learns a temperature per head. `"auto"`
+            (default) is `"l2"` for trigonometric features, else `None`.
+        redraw: `"never"` (default): one stored draw, a weight. `"step"`: fresh
+            noise at every training step, and the stored draw for all else.
         implementation: `"auto"` (default) is linear, except where a call needs
             the matrix (a dense `attention_mask`, `return_attention_scores`,
-            `sliding_window`) and for at most 32 tokens. `"linear"` refuses such
-            calls. `"quadratic"` always forms it. The estimate is the same.
+            `sliding_window`) and for at most 32 tokens. `"linear"` never forms
+            it, `"quadratic"` always does; the estimate is the same.
         decay: `None` (default), `"constant"` or `"gated"`: forgetting with the
             distance, as in `LinearAttention`, at a learned rate of each head,
-            or of each token of `key`, by a gate that starts at such a constant.
-        near_field: number of visible tokens within which keys weigh by the
+            or of each token of `key`, by a gate that starts at a constant.
+        near_field: keys less than so many visible tokens away weigh by the
             kernel in closed form. Defaults to `None`: features at any distance.
+        spectral_pace: how many times as fast as others the kernel's weights
+            move; see `LinearAttention`. Defaults to 8.
 
     Call arguments:
         query: `(batch, query_length, features)`.
@@ -88,13 +87,12 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
         attention_mask: boolean, broadcast to `(batch, heads, query_length,
             key_length)` as in `MultiHeadAttention`. Costs O(length²), unless
             its query axis is known to have size 1: that is a key mask.
-        return_attention_scores: also return the attention weights.
         training: whether to apply dropout and redraws.
         use_causal_mask: query t sees keys 0 … t only; stays linear.
 
     Returns:
-        `(batch, query_length, output_dim)`, and the weights
-        `(batch, heads, query_length, key_length)` if asked for.
+        `(batch, query_length, output_dim)`; with `return_attention_scores` also
+        the weights, `(batch, heads, query_length, key_length)`.
 
     Examples:
 
@@ -135,11 +133,12 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
         spectral_prior="normal",
         feature_map="positive",
         num_features=None,
-        qk_norm=None,
+        qk_norm="auto",
         redraw="never",
         implementation="auto",
         decay=None,
         near_field=None,
+        spectral_pace=8.0,
         **kwargs,
     ):
         if flash_attention:
@@ -175,6 +174,7 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
             implementation=implementation,
             decay=decay,
             near_field=near_field,
+            spectral_pace=spectral_pace,
             seed=seed,
             dtype="float32",
             name="linear_attention",

@@ -1,6 +1,7 @@
 """What keys weigh in attention: where prior and feature map meet."""
 
 import functools
+import warnings
 
 import keras
 import tensorflow as tf
@@ -9,7 +10,7 @@ from keras_kt import _checks, features, ops, priors
 from keras_kt.layers.scaling import Decay, UnitNorm, checked_rates
 
 REDRAWS = ("never", "step")
-QK_NORMS = (None, "l2")
+QK_NORMS = ("auto", None, "l2")
 DECAYS = (None, "constant", "gated")
 _COUNT = functools.partial(_checks.integer, optional=True)
 # Which check the value of an argument has to pass, to leave as plain Python.
@@ -19,8 +20,14 @@ ARGUMENTS = {
     "redraw": functools.partial(_checks.choice, choices=REDRAWS),
     "decay": functools.partial(_checks.choice, choices=DECAYS),
     "near_field": _COUNT,
+    "spectral_pace": functools.partial(_checks.number, is_open=True),
     "seed": functools.partial(_checks.integer, minimum=None, optional=True),
 }
+# TODO(16): figure
+NORMS_WARNING = (
+    "Trigonometric features of queries and keys of any length train badly: "
+    '`qk_norm=None` with them. Leave `qk_norm` at "auto", or use "l2".'
+)
 
 
 class LearnedKernel(keras.layers.Layer):
@@ -41,6 +48,7 @@ class LearnedKernel(keras.layers.Layer):
         redraw,
         decay,
         near_field,
+        spectral_pace,
         seed,
         **kwargs,
     ):
@@ -51,6 +59,7 @@ class LearnedKernel(keras.layers.Layer):
             redraw=redraw,
             decay=decay,
             near_field=near_field,
+            spectral_pace=spectral_pace,
             seed=seed,
         )
         super().__init__(**_checks.keywords(kwargs))
@@ -60,7 +69,9 @@ class LearnedKernel(keras.layers.Layer):
             priors.get(spectral_prior), features.get(feature_map)
         )
         self.unit_norm = self.decay_rates = None
+        self._warned_of_norms = False
         self._check_near_field()
+        self._check_redraw()
 
     @property
     def spectral_prior(self):
@@ -81,8 +92,16 @@ class LearnedKernel(keras.layers.Layer):
 
     @property
     def temperature(self):
-        """What `qk_norm` has learned, `(heads, 1)`; `None` without it."""
-        return self.unit_norm.temperature if self.qk_norm else None
+        """What a norm of queries and keys has learned, `(heads, 1)`.
+
+        `None` without one, and before the layer is built.
+        """
+        return self.unit_norm and self.unit_norm.temperature
+
+    def _has_unit_norm(self):
+        if self.qk_norm == "auto":
+            return self.feature_map.needs_unit_norm
+        return self.qk_norm == "l2"
 
     def _resolved_features(self):
         if self.num_features is not None:
@@ -115,6 +134,14 @@ class LearnedKernel(keras.layers.Layer):
                 "`near_field` out."
             )
 
+    def _check_redraw(self):
+        if self.redraw == "step" and not self.spectral_prior.has_draw:
+            raise ValueError(
+                '`redraw="step"` needs a prior whose frequencies are drawn. '
+                f"Received: redraw='step' with {self.spectral_prior.describe()}"
+                ", whose frequencies are weights. Leave `redraw` out."
+            )
+
     def build_kernel(self, num_heads):
         """Creates the weights of so many heads."""
         # The draw, the redraws and a caller's dropout need streams of their
@@ -122,16 +149,22 @@ class LearnedKernel(keras.layers.Layer):
         draw, redraw = (
             None if self.seed is None else self.seed + i for i in (1, 2)
         )
-        self._spectral_prior = self._recipes.prior_copy(draw)
-        self._feature_map = self._recipes.feature_map_copy()
+        self._spectral_prior = self._recipes.prior_copy(
+            draw, self.spectral_pace
+        )
+        self._feature_map = self._recipes.feature_map_copy(self.spectral_pace)
         self._spectral_prior.build(
             (num_heads, self.frequency_count(), self.key_dim)
         )
         self._feature_map.build(num_heads)
         # Some priors know only now whether they have what the map needs.
         self._feature_map.validate(self._spectral_prior)
-        if self.qk_norm:
-            self.unit_norm = UnitNorm(name="qk_norm")
+        if self._has_unit_norm():
+            self.unit_norm = UnitNorm(
+                self.feature_map.initial_temperature,
+                self.spectral_pace,
+                name="qk_norm",
+            )
             self.unit_norm.build(num_heads)
         if self.decay == "constant":
             self.decay_rates = Decay(is_gated=False, name="decay")
@@ -169,10 +202,14 @@ class LearnedKernel(keras.layers.Layer):
     def bound(self):
         """The feature map of the stored draw, a function of `scaled` heads.
 
-        It takes and gives `(batch, heads, length, dim)`; logarithms of features
-        where its `positive` is true. Needs a built layer.
+        Its `queries` and `keys` take and give `(batch, heads, length, dim)`;
+        logarithms of features where its `positive` is true. Needs a built
+        layer.
         """
-        return self.feature_map.bind(self.spectral_prior.stored_frequencies())
+        return self.feature_map.bind(
+            self.spectral_prior.stored_frequencies(),
+            is_absolute=self.near_field is not None,
+        )
 
     def exact_kernel(self):
         """The kernel of `scaled` heads in closed form, an `ExactKernel`.
@@ -185,7 +222,7 @@ class LearnedKernel(keras.layers.Layer):
         """Float32 heads, and the factor of both that `scaled` applies."""
         query = tf.cast(query, tf.float32)
         key = tf.cast(key, tf.float32)
-        if self.qk_norm:
+        if self.unit_norm is not None:
             return self.unit_norm(query), self.unit_norm(key), 1.0
         return query, key, self.key_dim**-0.25
 
@@ -197,6 +234,8 @@ class LearnedKernel(keras.layers.Layer):
         """
         query, key, scale = self._normalized(query, key)
         seed = None
+        if training:
+            self._warn_of_norms()
         if training and self.redraw == "step":
             seed = tf.cast(self._redraw_seed.next(), tf.int64) % (2**31 - 1)
             seed = tf.cast(seed, tf.int32)
@@ -207,7 +246,17 @@ class LearnedKernel(keras.layers.Layer):
                 self._feature_map.exact_kernel(self._spectral_prior, scale),
                 self.near_field,
             )
-        return query, key, self._feature_map.bind(frequencies, scale), near
+        feature_map = self._feature_map.bind(
+            frequencies, scale, is_absolute=near is not None
+        )
+        return query, key, feature_map, near
+
+    def _warn_of_norms(self):
+        if self._warned_of_norms or self.unit_norm is not None:
+            return
+        self._warned_of_norms = True
+        if self.feature_map.needs_unit_norm:
+            warnings.warn(NORMS_WARNING, stacklevel=2)
 
     def rates(self, key, decay):
         """The decay of each token, the layer's or the caller's; or `None`."""
@@ -233,6 +282,7 @@ class LearnedKernel(keras.layers.Layer):
             "redraw": self.redraw,
             "decay": self.decay,
             "near_field": self.near_field,
+            "spectral_pace": self.spectral_pace,
             "seed": self.seed,
         }
 
@@ -244,10 +294,12 @@ class _Recipes:
         self.spectral_prior = spectral_prior
         self.feature_map = feature_map
 
-    def prior_copy(self, seed):
+    def prior_copy(self, seed, pace):
         prior = self.spectral_prior
         seed = seed if prior.seed is None else prior.seed
-        return prior.copy(name="spectral_prior", seed=seed)
+        pace = pace if prior.pace is None else prior.pace
+        return prior.copy(name="spectral_prior", seed=seed, pace=pace)
 
-    def feature_map_copy(self):
-        return self.feature_map.copy(name="feature_map")
+    def feature_map_copy(self, pace):
+        pace = pace if self.feature_map.pace is None else self.feature_map.pace
+        return self.feature_map.copy(name="feature_map", pace=pace)

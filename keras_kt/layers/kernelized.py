@@ -29,6 +29,7 @@ class Kernelized:
     implementation = _of_heads("implementation", "As given.")
     decay = _of_heads("decay", "As given.")
     near_field = _of_heads("near_field", "As given.")
+    spectral_pace = _of_heads("spectral_pace", "As given.")
     spectral_prior = _of_heads(
         "spectral_prior", "The built prior; before `build`, the recipe."
     )
@@ -38,10 +39,11 @@ class Kernelized:
     spectral_weights = _of_heads(
         "spectral_weights",
         "The trainable weights of the kernel: of the prior and the feature "
-        "map, and the temperature. Their names begin with `spectral_`.",
+        "map, and the temperature. Their names begin with `spectral_`; they "
+        "are values divided by `spectral_pace`.",
     )
     temperature = _of_heads(
-        "temperature", "What `qk_norm` has learned, or `None`."
+        "temperature", "What a norm of queries and keys has learned, or `None`."
     )
     state_shapes = _of_heads(
         "state_shapes",

@@ -42,33 +42,32 @@ class LinearAttention(kernel.LearnedKernel):
     """Attention of projected heads with a learned kernel, in linear time.
 
     Weights of keys are k(q, k) / Σ k(q, ·) with k(x, y) = E[φ_ω(x)·φ_ω(y)], ω
-    drawn from a trainable spectral prior; the matrix is never formed. For
-    models that make their own queries, keys and values;
-    `KernelizedAttention` is projections, masks and this.
+    drawn from a trainable spectral prior; no matrix is formed. For models that
+    project by themselves; `KernelizedAttention` is projections, masks and this.
 
-    Masked keys leave numerator and normalizer by selection, so their content
-    (NaN too) has no effect. Masked queries, and queries that see no key, get
-    zeros. True keeps in every mask.
+    Masked keys leave by selection: their content (NaN too) has no effect.
+    Masked queries, and queries that see no key, get zeros. True keeps.
 
     Args:
         num_heads: number of query heads.
         key_dim: size of each head of query and key.
         value_dim: size of each head of value. Defaults to `key_dim`.
-        num_key_value_heads: number of heads of key and value, which have
-            prior, features, temperature, decay and state; as many query heads
-            in a row share each. Defaults to `num_heads`.
+        num_key_value_heads: number of heads of key and value, which have prior,
+            features, temperature, decay and state; as many query heads in a row
+            share each. Defaults to `num_heads`.
         spectral_prior: `"normal"` (default), `"mixture"`, `"fastfood"`,
-            `"generator"`, or an instance of a `SpectralPrior`. An instance is a
-            recipe; the built copy is `layer.spectral_prior`.
-        feature_map: `"positive"` (default; also `"prf"`), `"trigonometric"`
-            (also `"rks"`), or an instance of a `FeatureMap`.
-        num_features: D, the width of φ per head. Defaults to `None`, which
-            means one whole block of orthogonal frequencies for each component
-            of the prior: 2 · key_dim · components.
-        qk_norm: `None` (default) scales queries and keys by key_dim^(-1/4)
-            each; `"l2"` normalizes them and learns a temperature per head.
-        redraw: `"never"` (default): one stored draw of the base noise, a
-            weight. `"step"`: fresh noise at every training step.
+            `"generator"`, `"empirical"`, or a `SpectralPrior`: a recipe, whose
+            built copy is `layer.spectral_prior`.
+        feature_map: `"positive"` (default; `"prf"`), `"trigonometric"`
+            (`"rks"`), or an instance of a `FeatureMap`.
+        num_features: D, the width of φ. Defaults to a whole block of orthogonal
+            frequencies for each component: 2 · key_dim · components.
+        qk_norm: `None` scales queries and keys by key_dim^(-1/4) each; `"l2"`
+            normalizes them and learns a temperature per head. `"auto"`
+            (default) is `"l2"` with trigonometric features, which do not train
+            without, and `None` with positive ones, which it hurts.
+        redraw: `"never"` (default): one stored draw, a weight. `"step"`: fresh
+            noise at every training step.
         implementation: `"auto"` (default) is linear, except where a call needs
             the matrix (a dense `attention_mask`, `return_attention_scores`) and
             where forming it is faster: sequences known to have at most 32
@@ -81,12 +80,13 @@ class LinearAttention(kernel.LearnedKernel):
             computes λ of each token and gives it as `decay`. Masked tokens do
             not count. Attention with trigonometric features has to be causal
             then, or form the matrix.
-        near_field: number of tokens; keys less than that far from the query, in
-            visible tokens, weigh by the kernel in closed form, those beyond by
-            features. Needs positive features of a normal or mixture prior.
-            Defaults to `None`: features at any distance.
-        seed: integer seed of the stored draw and of redraws. Defaults to
-            `None`, which means one from Keras's global generator.
+        near_field: keys less than so many visible tokens from the query weigh
+            by the kernel in closed form, those beyond by features. Needs
+            positive features of a normal or mixture prior. Defaults to `None`.
+        spectral_pace: how many times as fast as other weights the kernel's own
+            move (those of prior and feature map, and the temperature): their
+            variables are values divided by it. Defaults to 8.
+        seed: of the stored draw and of redraws. Defaults to a global one.
 
     Call arguments:
         query: `(batch, query_length, num_heads, key_dim)`.
@@ -95,17 +95,15 @@ class LinearAttention(kernel.LearnedKernel):
         query_mask, key_mask: `(batch, length)` boolean. Default to the Keras
             masks of the tensors.
         attention_mask: boolean, broadcast to `(batch, num_heads, query_length,
-            key_length)` as in `keras.layers.MultiHeadAttention`. Costs
-            O(length²), unless its query axis is known to have size 1.
-        decay: `(batch, key_length, num_key_value_heads, 1)`, λ ≥ 0 of each
-            token; for `decay="gated"` only.
+            key_length)`. Costs O(length²), unless its query axis has size 1.
+        decay: `(batch, key_length, num_key_value_heads, 1)`, λ ≥ 0 of tokens.
         use_causal_mask: query t sees keys 0 … t only; stays linear.
-        return_attention_scores: also return the attention weights.
         training: whether to redraw.
 
     Returns:
-        `(batch, query_length, num_heads, value_dim)`, and the weights
-        `(batch, num_heads, query_length, key_length)` if asked for.
+        `(batch, query_length, num_heads, value_dim)`; with
+        `return_attention_scores` also the weights, `(batch, num_heads,
+        query_length, key_length)`.
 
     Examples:
 
@@ -129,11 +127,12 @@ class LinearAttention(kernel.LearnedKernel):
         spectral_prior="normal",
         feature_map="positive",
         num_features=None,
-        qk_norm=None,
+        qk_norm="auto",
         redraw="never",
         implementation="auto",
         decay=None,
         near_field=None,
+        spectral_pace=8.0,
         seed=None,
         **kwargs,
     ):
@@ -145,6 +144,7 @@ class LinearAttention(kernel.LearnedKernel):
             redraw=redraw,
             decay=decay,
             near_field=near_field,
+            spectral_pace=spectral_pace,
             seed=seed,
             **kwargs,
         )

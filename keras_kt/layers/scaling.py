@@ -6,25 +6,29 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_kt._pace import PacedLayer
 
-class UnitNorm(keras.layers.Layer):
-    """√τ x/|x| with a learned temperature τ per head, 1 at the start."""
 
-    def __init__(self, **kwargs):
+class UnitNorm(PacedLayer):
+    """√τ x/|x| with a learned temperature τ per head."""
+
+    def __init__(self, initial_temperature, pace, **kwargs):
         super().__init__(**{**kwargs, "dtype": "float32"})
+        self.initial_temperature = initial_temperature
+        self.pace = pace
 
     def build(self, num_heads):
-        self.raw_temperature = self.add_weight(
-            name="spectral_temperature",
-            shape=(int(num_heads), 1),
-            initializer=keras.initializers.Constant(math.log(math.e - 1)),
-            autocast=False,
+        start = math.log(math.expm1(self.initial_temperature))
+        self.raw_temperature = self.paced_weight(
+            "spectral_temperature",
+            (int(num_heads), 1),
+            keras.initializers.Constant(start),
         )
         self.built = True
 
     @property
     def temperature(self):
-        return tf.nn.softplus(tf.convert_to_tensor(self.raw_temperature))
+        return tf.nn.softplus(self.value_of(self.raw_temperature))
 
     def call(self, x):
         """`(batch, length, heads, dim)`, or a multiple of as many heads."""

@@ -34,7 +34,7 @@ def attend(
         underflow.
     """
     maximum, past = state
-    query = scaling.query_features(feature_map, query)
+    query = feature_map.queries(query)
     key = log_key = scaling.key_features(feature_map, key, keep)
     value = scaling.with_ones(value, keep)
     if feature_map.positive:
@@ -101,7 +101,7 @@ def attend_exactly(
     that its normalizer is at least one.
     """
     maximum, past = state
-    query = scaling.query_features(feature_map, query)
+    query = feature_map.queries(query)
     key = scaling.key_features(feature_map, key, keep)
     value = scaling.with_ones(value, keep)
     batch, length = size_of(key, 0), size_of(key, 2)

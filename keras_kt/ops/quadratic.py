@@ -54,7 +54,7 @@ def attend(
         exact = _exact_logits(near.kernel, query, kept_key) + log_fading
         exact = tf.where(is_near & visible, exact, FLOOR)
     # The kernel of a near field leaves out the same factor of each query.
-    query = scaling.query_features(feature_map, query)
+    query = feature_map.queries(query)
     key = scaling.key_features(feature_map, key, keep)
     if feature_map.positive:
         weights = _weights(query, key, visible, log_fading, is_near, exact)

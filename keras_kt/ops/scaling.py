@@ -41,14 +41,9 @@ class Sums(NamedTuple):
     scale: tf.Tensor | None = None
 
 
-def query_features(feature_map, query):
-    """Features up to a factor of each query, which the ratio cancels."""
-    return getattr(feature_map, "relative", feature_map)(query)
-
-
 def key_features(feature_map, key, keep):
     """Features of keys, those of masked ones log 0 or 0."""
-    features = feature_map(key)
+    features = feature_map.keys(key)
     if keep is None:
         return features
     # Selected, not multiplied: a padded row may hold anything, NaN too.
@@ -96,7 +91,7 @@ def exp_query(log_query, maximum):
 
 def read(feature_map, query, maximum, sums):
     """`Sums` of queries, heads first, from a state."""
-    features = query_features(feature_map, query)
+    features = feature_map.queries(query)
     if feature_map.positive:
         features, scale = exp_query(features, maximum)
     else:

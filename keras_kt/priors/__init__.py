@@ -4,12 +4,14 @@ import keras
 
 from keras_kt.priors.base import Frequencies, SpectralPrior
 from keras_kt.priors.distribution import DistributionPrior
+from keras_kt.priors.empirical import EmpiricalPrior
 from keras_kt.priors.fastfood import FastFoodPrior
 from keras_kt.priors.gaussian import GaussianPrior, MixturePrior, NormalPrior
 from keras_kt.priors.generator import GeneratorPrior
 
 __all__ = [
     "DistributionPrior",
+    "EmpiricalPrior",
     "FastFoodPrior",
     "Frequencies",
     "GaussianPrior",
@@ -25,6 +27,7 @@ _FAMILIES = {
     "mixture": MixturePrior,
     "fastfood": FastFoodPrior,
     "generator": GeneratorPrior,
+    "empirical": EmpiricalPrior,
 }
 
 

@@ -34,15 +34,18 @@ class Frequencies(NamedTuple):
         covariances: `(heads, components, head_dim)` if diagonal, or Cholesky
             factors `(heads, components, head_dim, head_dim)`. One for all
             components will do.
+        key_offsets: like `offsets`, where keys have frequencies of their own,
+            whose covariances are then given; else `None`.
     """
 
     offsets: tf.Tensor
     means: tf.Tensor | None
     log_weights: tf.Tensor
     covariances: tf.Tensor
+    key_offsets: tf.Tensor | None = None
 
     @classmethod
-    def of_samples(cls, omega: tf.Tensor) -> "Frequencies":
+    def of_samples(cls, omega: tf.Tensor, of_keys=None) -> "Frequencies":
         """Equally likely frequencies, whose moments are those of the draw.
 
         Their center is zero. For laws whose own moments are not known: the
@@ -50,13 +53,16 @@ class Frequencies(NamedTuple):
 
         Args:
             omega: `(heads, num_frequencies, head_dim)`.
+            of_keys: likewise, those of keys where they are others.
         """
         heads, count, _ = omega.shape
+        second = tf.square(omega if of_keys is None else of_keys)
         return cls(
             omega,
             None,
             tf.fill((heads, 1), -math.log(count)),
-            tf.reduce_mean(tf.square(omega), axis=1, keepdims=True),
+            tf.reduce_mean(second, axis=1, keepdims=True),
+            of_keys,
         )
 
 
@@ -74,12 +80,24 @@ class SpectralPrior(Recipe):
             still draw their own noise. Defaults to `True`.
         kl_weight: weight of KL(prior ‖ N(0, I)), averaged over heads and added
             to the model's losses. Defaults to 0.
+        scale_spread: ratio of the widest head's scale at the start to the
+            narrowest's; those between lie evenly in the logarithm, around 1.
+            Defaults to 1: all heads start alike.
         seed: integer seed of the stored draw. Defaults to `None`, which means
             the seed of the layer that owns the prior.
+        **kwargs: `pace`, as in the layer's `spectral_pace`; `name`.
     """
 
-    inherited = (*Recipe.inherited, "per_head", "kl_weight", "seed")
+    inherited = (
+        *Recipe.inherited,
+        "per_head",
+        "kl_weight",
+        "scale_spread",
+        "seed",
+    )
     has_mean = False
+    # Frequencies are a function of base noise, which can be drawn anew.
+    has_draw = True
     # E exp(ω·z) exists for every z, which positive features need.
     has_moment_generating_function = True
     # Gaussian, or a mixture of such: the kernel has a closed form.
@@ -88,10 +106,28 @@ class SpectralPrior(Recipe):
     # form of it is the kernel's.
     has_known_law = False
 
-    def __init__(self, *, per_head=True, kl_weight=0.0, seed=None, **kwargs):
+    def __init__(
+        self,
+        *,
+        per_head=True,
+        kl_weight=0.0,
+        scale_spread=1.0,
+        seed=None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.per_head = _checks.boolean("per_head", per_head)
         self.kl_weight = _checks.number("kl_weight", kl_weight)
+        self.scale_spread = _checks.number(
+            "scale_spread", scale_spread, minimum=1.0
+        )
+        if self.scale_spread > 1.0 and not self.per_head:
+            raise ValueError(
+                "`scale_spread` gives every head a scale of its own, which "
+                "heads that share their parameters cannot have. Received: "
+                f"scale_spread={scale_spread}, per_head=False. Use "
+                "per_head=True, or leave `scale_spread` out."
+            )
         self.seed = _checks.integer("seed", seed, minimum=None, optional=True)
 
     @property
@@ -137,6 +173,9 @@ class SpectralPrior(Recipe):
         )
         self._draw_seed = _new_seed() if self.seed is None else self.seed
         self.build_parameters()
+        self.built = True
+        if not self.has_draw:
+            return
         noise = self._initial_noise(self._draw_seed)
         self.base_noise = self.add_weight(
             name="spectral_noise",
@@ -146,7 +185,6 @@ class SpectralPrior(Recipe):
             trainable=False,
             autocast=False,
         )
-        self.built = True
 
     def _initial_noise(self, seed: int) -> np.ndarray:
         with tf.init_scope():
@@ -160,6 +198,11 @@ class SpectralPrior(Recipe):
                 Keras's global generator.
         """
         self.require_built()
+        if not self.has_draw:
+            raise ValueError(
+                f"{self.describe()} has no draw that could be replaced: its "
+                "frequencies are weights. Set those, or use another prior."
+            )
         self.base_noise.assign(
             self._initial_noise(_new_seed() if seed is None else seed)
         )
@@ -173,14 +216,15 @@ class SpectralPrior(Recipe):
         """
         if self.kl_weight:
             self.add_loss(self.kl_weight * tf.reduce_mean(self.kl_divergence()))
-        if seed is None:
+        if seed is None or not self.has_draw:
             return self.stored_frequencies()
         return self.frequencies(self.draw(seed))
 
     def stored_frequencies(self) -> Frequencies:
         """`Frequencies` of the stored draw, without a call's loss."""
         self.require_built()
-        return self.frequencies(tf.convert_to_tensor(self.base_noise))
+        noise = tf.convert_to_tensor(self.base_noise) if self.has_draw else None
+        return self.frequencies(noise)
 
     def build_parameters(self) -> None:
         """Creates the trainable weights with `add_parameter`."""
@@ -206,25 +250,32 @@ class SpectralPrior(Recipe):
         raise NotImplementedError
 
     def add_parameter(self, name, shape, initializer, regularizer=None):
-        """`add_weight` with a leading axis of heads (1 if heads share).
+        """A weight with a leading axis of heads (1 if heads share).
 
-        The weight's name is `spectral_` and `name`, by which an optimizer can
-        tell it from the projections' weights.
+        Its name is `spectral_` and `name`, by which an optimizer can tell it
+        from the projections' weights. Read it by `for_heads`: the variable is
+        the parameter divided by `pace`.
         """
-        return self.add_weight(
-            name=f"spectral_{name}",
-            shape=(self.num_heads if self.per_head else 1, *shape),
-            initializer=initializer,
-            regularizer=regularizer,
-            autocast=False,
+        return self.paced_weight(
+            f"spectral_{name}",
+            (self.num_heads if self.per_head else 1, *shape),
+            initializer,
+            regularizer,
         )
 
     def for_heads(self, weight) -> tf.Tensor:
         """A parameter of every head, `(heads, …)`, shared or not."""
-        weight = tf.convert_to_tensor(weight)
+        value = self.value_of(weight)
         if self.per_head:
-            return weight
-        return tf.repeat(weight, self.num_heads, axis=0)
+            return value
+        return tf.repeat(value, self.num_heads, axis=0)
+
+    def head_scales(self) -> np.ndarray:
+        """The scale of each head at the start, `(heads,)`; 1 if they share."""
+        if self.scale_spread == 1.0 or self.num_heads == 1:
+            return np.ones(self.num_heads if self.per_head else 1, "float32")
+        places = np.linspace(-0.5, 0.5, self.num_heads)
+        return (self.scale_spread**places).astype("float32")
 
     def require_built(self):
         """Raises a `ValueError` that tells where the built prior is."""
@@ -240,6 +291,7 @@ class SpectralPrior(Recipe):
             **super().get_config(),
             "per_head": self.per_head,
             "kl_weight": self.kl_weight,
+            "scale_spread": self.scale_spread,
             "seed": self.seed,
         }
 

@@ -37,8 +37,9 @@ class DistributionPrior(SpectralPrior):
             normal, truncated, bounded and mixture families; for any other
             family positive features ask you to say so.
         parameter_regularizer: regularizer of every parameter.
-        **kwargs: `per_head`, `kl_weight` (closed form where TFP registers one,
-            else estimated from the draw), `seed`, `name`.
+        **kwargs: as in `SpectralPrior`; `kl_weight` in closed form where TFP
+            registers one, else estimated from the draw. `scale_spread` is for
+            the initializers to give.
 
     Two-sided features reflect frequencies about the mean, so for a skewed law
     they estimate the kernel of the symmetrised one.
@@ -69,6 +70,12 @@ class DistributionPrior(SpectralPrior):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        if self.scale_spread > 1.0:
+            raise ValueError(
+                "`scale_spread` is not known to DistributionPrior, which does "
+                "not know your parameters' meaning. Received: scale_spread="
+                f"{self.scale_spread}. Give initializers that differ by head."
+            )
         if not callable(distribution_fn):
             raise ValueError(
                 "`distribution_fn` must be a function from a dict of tensors "

@@ -26,7 +26,7 @@ class FastFoodPrior(SpectralPrior):
 
     Args:
         diagonal_regularizer: regularizer of the three diagonals.
-        **kwargs: `per_head` (`False` is the paper's form), `seed`, `name`.
+        **kwargs: as in `SpectralPrior`; `per_head=False` is the paper's form.
 
     References:
         Le, Sarlós, Smola, "Fastfood", ICML 2013; arXiv 2110.08323, section 3.2.
@@ -73,7 +73,8 @@ class FastFoodPrior(SpectralPrior):
         row_norms = keras.initializers.RandomNormal(stddev=1.0, seed=seed + 2)
 
         def chi(shape, dtype):
-            return tf.norm(row_norms((*shape, size), dtype), axis=-1)
+            norms = tf.norm(row_norms((*shape, size), dtype), axis=-1)
+            return norms * self.head_scales()[:, None, None]
 
         def plus_minus_one(shape, dtype):
             return tf.where(signs(shape, dtype) < 0.0, -1.0, 1.0)

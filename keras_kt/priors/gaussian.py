@@ -66,7 +66,7 @@ class GaussianPrior(SpectralPrior):
             )
         shape = (components, 1 if self.covariance == "isotropic" else dim)
         start = np.ravel(np.asarray(self.initial_scale, "float32"))
-        start = np.broadcast_to(start[:, None], shape)
+        start = start[:, None] * self.head_scales()[:, None, None]
         # Raw weights go through softplus, so that scales stay positive.
         raw = start + np.log(-np.expm1(-start))
         self._raw_scale = self.add_parameter(
@@ -96,7 +96,7 @@ class GaussianPrior(SpectralPrior):
         Args:
             mean: `(heads, components, head_dim)`; one head's where heads share.
         """
-        self._mean.assign(mean)
+        self.assign_value(self._mean, mean)
 
     @property
     def scale(self) -> tf.Tensor:
@@ -210,7 +210,7 @@ class NormalPrior(GaussianPrior):
         mean_initializer: initializer of the mean.
         mean_regularizer: regularizer of the mean.
         scale_regularizer: regularizer of the raw scale (before softplus).
-        **kwargs: `per_head`, `kl_weight`, `seed`, `name`.
+        **kwargs: as in `SpectralPrior`.
 
     Examples:
 
@@ -270,7 +270,7 @@ class MixturePrior(GaussianPrior):
         covariance: as in `NormalPrior`; as are use_mean, coupling, radius,
             mean_initializer, mean_regularizer and scale_regularizer.
         logits_regularizer: regularizer of the logits of π.
-        **kwargs: `per_head`, `kl_weight`, `seed`, `name`.
+        **kwargs: as in `SpectralPrior`.
 
     Examples:
 

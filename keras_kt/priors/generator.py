@@ -1,6 +1,7 @@
 """Frequencies from a learned generator network."""
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_kt import _checks
@@ -31,7 +32,7 @@ class GeneratorPrior(SpectralPrior):
         coupling: coupling of ε: `"iid"` (default), `"orthogonal"`, `"sobol"`.
         kernel_initializer: initializer of the dense kernels.
         kernel_regularizer: regularizer of the dense kernels.
-        **kwargs: `per_head` (`False` is the paper's form), `seed`, `name`.
+        **kwargs: as in `SpectralPrior`; `per_head=False` is the paper's form.
 
     References:
         arXiv 2110.08323, section 3.3; Li et al., "Implicit kernel learning".
@@ -88,10 +89,11 @@ class GeneratorPrior(SpectralPrior):
                 self.add_parameter(f"bias_{index}", (outputs,), "zeros")
             )
         # E tanh(n)² = 0.394 for a standard normal n.
+        start = 0.39429**-0.5 * self.head_scales()[:, None]
         self._scale = self.add_parameter(
             "scale",
             (self.head_dim,),
-            keras.initializers.Constant(0.39429**-0.5),
+            lambda shape, dtype: np.broadcast_to(start, shape).astype(dtype),
         )
 
     def draw(self, seed):

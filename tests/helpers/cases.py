@@ -62,11 +62,13 @@ PRIORS = {
     ),
     "fastfood": lambda: keras_kt.FastFoodPrior(),
     "generator": lambda: keras_kt.GeneratorPrior(hidden_units=(6,)),
+    "empirical": lambda: keras_kt.EmpiricalPrior(),
     "distribution": normal_distribution,
 }
 MAPS = {
     "positive": lambda: keras_kt.PositiveFeatures(),
     "positive-gaussian": lambda: keras_kt.PositiveFeatures("gaussian"),
+    "positive-self": lambda: keras_kt.PositiveFeatures("self"),
     "positive-isotropic-one-sided": lambda: keras_kt.PositiveFeatures(
         "isotropic", two_sided=False
     ),
@@ -76,8 +78,9 @@ PAIRS = [
     (prior, feature_map)
     for prior in PRIORS
     for feature_map in MAPS
-    # The softmax prefactor refuses a trained mean, which it cancels.
+    # These prefactors refuse a trained mean, which they cancel.
     if not (prior.endswith("mean") and feature_map == "positive")
+    and (prior, feature_map) != ("normal-mean", "positive-self")
 ]
 
 
@@ -122,8 +125,12 @@ def name_of(weight):
 
 
 def weights_of(layer):
+    """What trainable weights stand for, float64 by name."""
+    paces = getattr(layer, "spectral_pace", None), getattr(layer, "pace", None)
+    pace = next((pace for pace in paces if pace), 1.0)
     return {
         name_of(weight): weight.numpy().astype("float64")
+        * (pace if weight.name.startswith("spectral_") else 1.0)
         for weight in layer.trainable_weights
     }
 
@@ -134,6 +141,8 @@ def reference_frequencies(prior, weights, noise):
         return reference.fastfood_frequencies(
             weights, noise, prior.num_frequencies, prior.head_dim
         )
+    if isinstance(prior, keras_kt.EmpiricalPrior):
+        return reference.atoms(weights["points"])
     if isinstance(prior, keras_kt.GeneratorPrior):
         return reference.generator_frequencies(weights, noise)
     if isinstance(prior, keras_kt.DistributionPrior):
@@ -149,6 +158,8 @@ def reference_frequencies(prior, weights, noise):
 
 def reference_noise(prior):
     """The stored draw; standard normal numbers where it is uniform."""
+    if not prior.has_draw:
+        return None
     noise = prior.base_noise.numpy()
     if isinstance(prior, keras_kt.DistributionPrior):
         return reference.normal_quantile(noise[:, 0].astype("float64"))

@@ -26,6 +26,8 @@ BOUND = {
     "identity": ("none", "identity"),
 }
 ONE_SIDED, TWO_SIDED, TRIGONOMETRIC, IDENTITY = BOUND.values()
+# To algorithms it is another only beside a near field.
+SELF_NORMALIZED = "mixture-mean", "positive-self"
 SIGNED = "trigonometric"
 
 
@@ -68,7 +70,7 @@ def bind(prior, feature_map, near=0):
     if prior is None:
         return Identity(), None
     frequencies = prior()
-    bound = feature_map.bind(frequencies)
+    bound = feature_map.bind(frequencies, is_absolute=bool(near))
     if not near:
         return bound, None
     return bound, ops.NearField(feature_map.exact_kernel(prior), near)

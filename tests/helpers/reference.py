@@ -121,6 +121,8 @@ def features(x, frequencies, kind):
         log_h = -0.5 * square
     elif kind["prefactor"] == "gaussian":
         log_h = -square
+    elif kind["prefactor"] == "self":
+        log_h = 0.0 * square
     else:
         log_h = -((x**2).sum(-1))[..., None] + 0.0 * square
     signs = (1.0, -1.0) if kind["two_sided"] else (1.0,)
@@ -131,7 +133,12 @@ def features(x, frequencies, kind):
         exponent = exponent + log_h[..., None]
         part = np.exp(exponent) * weight[None, :, None, :, None]
         parts.append(part / np.sqrt(len(signs)))
-    return np.concatenate([p.reshape(*p.shape[:3], -1) for p in parts], -1)
+    phi = np.concatenate([p.reshape(*p.shape[:3], -1) for p in parts], -1)
+    if kind["prefactor"] == "self":
+        each = np.repeat(weight, count, axis=1).reshape(1, heads, 1, -1)
+        each = np.concatenate([each] * len(signs), -1) / np.sqrt(len(signs))
+        phi = phi / (phi * each).sum(-1, keepdims=True)
+    return phi
 
 
 def attention(query, key, value, visible, limit=0.0):
@@ -158,6 +165,16 @@ def attention_of(kernel, value, visible, limit=0.0):
 def gaussian_kernel(x, y, frequencies, prefactor):
     """E φ(x)·φ(y) of positive features of a Gaussian mixture."""
     _, means, probabilities, factors = frequencies
+    if prefactor == "self":
+        masses = []
+        for points in (x, y):
+            z = np.einsum("bhtd,hcde->bhtce", points, factors)
+            exponent = 0.5 * (z**2).sum(-1)
+            exponent = exponent + np.einsum("bhtd,hcd->bhtc", points, means)
+            exponent = np.exp(exponent) * probabilities[:, None]
+            masses.append(exponent.sum(-1))
+        plain = gaussian_kernel(x, y, frequencies, "none")
+        return plain / masses[0][..., :, None] / masses[1][..., None, :]
     total = 0.0
     for c in range(probabilities.shape[1]):
         logs = []
@@ -168,6 +185,7 @@ def gaussian_kernel(x, y, frequencies, prefactor):
                 "softmax": 0.5 * (mapped**2).sum(-1) + linear,
                 "gaussian": (mapped**2).sum(-1),
                 "isotropic": (points**2).sum(-1),
+                "none": 0.0,
             }
             logs.append((mapped, linear - square[prefactor]))
         (u, log_x), (v, log_y) = logs
