@@ -95,10 +95,14 @@ def _assign(variables, values):
 
 
 def _module(function, specs, variables):
-    function = tf.function(function, jit_compile=True, autograph=False)
-    captures = function.get_concrete_function(*specs).captured_inputs
+    @tf.function(jit_compile=True, autograph=False)
+    def flat_function(*arrays):
+        return function(*tf.nest.pack_sequence_as(specs, arrays))
+
+    flat = tf.nest.flatten(specs)
+    captures = flat_function.get_concrete_function(*flat).captured_inputs
     places = {id(v.value.handle): i for i, v in enumerate(variables)}
-    lower_to = function.experimental_get_compiler_ir(*specs)
+    lower_to = flat_function.experimental_get_compiler_ir(*flat)
     return lower_to(stage="hlo_serialized"), [places[id(x)] for x in captures]
 
 

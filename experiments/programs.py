@@ -13,6 +13,7 @@ from jax._src.lib import _jax, xla_client
 from jaxlib import _hlo
 from jaxlib.mlir import ir
 
+ALIASES = "mhlo.input_output_alias"
 # Else what counts steps, an int64, would be cut.
 jax.config.update("jax_enable_x64", True)
 
@@ -53,8 +54,13 @@ def _compile(proto):
         np.array([[device.id]], "int32")
     )
     with mlir.make_ir_context():
+        module = ir.Module.parse(_jax.mlir.hlo_to_stablehlo(proto))
+        # Else updates would take the place of what was passed.
+        attributes = module.operation.attributes
+        if ALIASES in attributes:
+            del attributes[ALIASES]
         return device.client.compile_and_load(
-            ir.Module.parse(_jax.mlir.hlo_to_stablehlo(proto)),
+            module,
             executable_devices=xla_client.DeviceList((device,)),
             compile_options=options,
         )
