@@ -19,6 +19,7 @@ PRIORS = {
     "mixture": keras_kt.MixturePrior,
     "fastfood": keras_kt.FastFoodPrior,
     "generator": keras_kt.GeneratorPrior,
+    "empirical": keras_kt.EmpiricalPrior,
 }
 MAPS = {
     "positive": keras_kt.PositiveFeatures,
@@ -30,7 +31,7 @@ SCALED = ("fixed", "normal", "mixture", "empirical")
 PRIOR_FLAGS = {
     "components": ("mixture",),
     "initial_scale": SCALED,
-    "scale_spread": SCALED,
+    "scale_spread": tuple(PRIORS),
     "untied": ("empirical",),
 }
 MAP_FLAGS = {"prefactor": ("positive",), "smoothing": ("trigonometric",)}
@@ -73,7 +74,7 @@ def add_arguments(parser):
     add = kernel.add_argument
     add("--components", type=int, help="of a mixture")
     add("--initial-scale", type=float, help="of a mixture: times its own ones")
-    add("--scale-spread", type=float, help="from the first head to the last")
+    add("--scale-spread", type=float, help="of heads: widest by narrowest")
     add(
         "--untied",
         action="store_true",

@@ -103,7 +103,7 @@ def test_systems_come_as_published_and_mended_and_take_a_d():
     [
         "softmax --spectral-pace 3",
         "generator:positive --initial-scale 2",
-        "fastfood:self --scale-spread 2",
+        "GMM-PRF --scale-spread 2",
         "normal:self --untied",
         "normal:self --prefactor self",
         "mended:GMM-RKS --qk-norm l2",
@@ -131,7 +131,7 @@ def test_the_number_of_features_is_the_layer_s_own():
         ("FastFood-PRF", ""),
     ):
         layer = keras_kt.LinearAttention(2, 8, **options(f"{name} {flags}"))
-        layer.build([(None, 5, 2, 8)] * 3)
+        layer.build(*[(None, 5, 2, 8)] * 3)
         prior, of_map = layer.spectral_prior, layer.feature_map
         count = prior.num_frequencies * of_map.sides
         assert attentions.num_features(name, flags, 8) == count
