@@ -23,6 +23,7 @@ PRIORS = {
     "generator": ("#D55E00", "D", "-"),
     "empirical": ("#CC79A7", "P", "-"),
 }
+NAMES = {"self": "self-normalized"}
 SOFTMAX = ("#7F7F7F", "x", "--")
 # Of any other lines; what is not learned is dotted.
 STYLES = tuple(
@@ -64,7 +65,9 @@ def draw_heads(rows):
         return None
     styles = _styles([*kernels, *softmax], _prior)
     panels = {
-        f"{name} features": _lines([*runs, *softmax], "key_dim", _prior, styles)
+        f"{NAMES.get(name, name)} features": _lines(
+            [*runs, *softmax], "key_dim", _prior, styles
+        )
         for name, runs in sorted(_by(kernels, _feature_map).items())
     }
     counts = map(str, sorted({num_features(row) for row in kernels}))
@@ -232,7 +235,8 @@ def _name_lines(panel, lines):
 def spread(places, gap):
     """Places in order, moved as little as may be to be `gap` apart.
 
-    Those that are too close become a cluster around their mean.
+    Those that are too close become a cluster around their mean, of which none
+    is below zero.
 
     Args:
         places: numbers in ascending order.
@@ -248,7 +252,7 @@ def spread(places, gap):
             (center, count), (other, more) = clusters[-2:]
             total = count + more
             mean = (center * count + other * more) / total
-            clusters[-2:] = [[mean, total]]
+            clusters[-2:] = [[max(mean, gap * (total - 1) / 2), total]]
     return [
         center + gap * (index - (count - 1) / 2)
         for center, count in clusters

@@ -341,6 +341,7 @@ def test_names_of_lines_keep_apart():
     spread = script("size_plots").spread
     assert spread([0.1, 0.5, 0.9], 0.25) == [0.1, 0.5, 0.9]
     np.testing.assert_allclose(spread([0.5, 0.5], 0.1), [0.45, 0.55])
+    np.testing.assert_allclose(spread([0.0, 0.0, 0.2], 0.1), [0.0, 0.1, 0.2])
     places = spread([0.1, 0.12, 0.2, 0.21, 0.8], 0.1)
     assert (np.diff(places) > 0.1 - 1e-9).all()
     assert places[-1] == 0.8 and np.mean(places[:4]) == pytest.approx(0.1575)
@@ -368,7 +369,7 @@ def test_pictures_against_sizes_show_means_and_errors():
     figure = size_plots.draw_heads(heads_study())
     assert [axes.get_title() for axes in figure.axes] == [
         "positive features",
-        "self features",
+        "self-normalized features",
     ]
     for axes in figure.axes:
         assert [text.get_text() for text in axes.texts] == [
