@@ -2,12 +2,11 @@
 
 import argparse
 import dataclasses
-import functools
-import shlex
 from pathlib import Path
 
-import keras_kt
+from experiments import attentions
 from experiments.strategies import add_strategy_arguments
+from experiments.tasks import TASKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,27 +49,9 @@ class Preset:
 
 
 SIZES = tuple(field.name for field in dataclasses.fields(Preset))
-PRIORS = {
-    "fixed": functools.partial(keras_kt.NormalPrior, trainable=False),
-    "normal": keras_kt.NormalPrior,
-    "mixture": keras_kt.MixturePrior,
-    "fastfood": keras_kt.FastFoodPrior,
-    "generator": keras_kt.GeneratorPrior,
-}
-MAPS = {
-    "positive": keras_kt.PositiveFeatures,
-    "trigonometric": keras_kt.TrigonometricFeatures,
-}
-# Of any kernelized attention, and of PRIOR:MAP.
-LAYER_FLAGS = ("decay", "near_field")
-KERNEL_FLAGS = (
-    "num_features",
-    "components",
-    "prefactor",
-    "smoothing",
-    "qk_norm",
-    "redraw",
-)
+# What a run may be given more of: run again with more, it takes the place of
+# the old one. All other sizes tell runs apart.
+BUDGET = ("batch_size", "steps", "examples")
 # Of where things lie and how results are told apart: not of what is computed.
 PLACES = (
     "attention",
@@ -82,11 +63,6 @@ PLACES = (
     "results",
     "seed",
     "unpack",
-)
-ATTENTIONS = (
-    f"Attention: softmax, a system of the paper "
-    f"({', '.join(keras_kt.PAPER_SYSTEMS)}), or PRIOR:MAP of\n"
-    f"{{{','.join(PRIORS)}}}:{{{','.join(MAPS)}}}."
 )
 
 
@@ -102,14 +78,15 @@ def parse_args(doc, presets, argv, task, extra=None):
 
     Returns:
         Arguments; `preset` is a `Preset` with the overrides, `attention` a name
-        that was checked, `task` is the argument, and `options` are the given
-        flags that are none of a preset, an attention or a place, as a text.
+        that was checked, `task` is the argument, `options` are the given flags
+        that are none of a preset, an attention or a place, as a text, and
+        `sizes` what `given_sizes` says.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments {task}",
         description=doc.split("\n\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=ATTENTIONS,
+        epilog=attentions.HELP,
     )
     add = parser.add_argument
     add("--data-dir", type=Path, default=Path("."), help="a folder")
@@ -130,14 +107,15 @@ def parse_args(doc, presets, argv, task, extra=None):
     add("--unpack", type=Path, help="a folder of results to record")
     if extra:
         extra(parser)
-    add_attention_arguments(parser)
+    attentions.add_arguments(parser)
     sizes = parser.add_argument_group("in place of the preset's")
     for field in dataclasses.fields(Preset):
-        kind = float if field.type is float else int
-        sizes.add_argument(f"--{field.name.replace('_', '-')}", type=kind)
+        flag = f"--{field.name.replace('_', '-')}"
+        sizes.add_argument(flag, type=_type_of(field.name))
     add_strategy_arguments(parser)
     args = parser.parse_args(argv)
     args.task, args.options = task, _options(parser, args)
+    args.sizes = given_sizes(argv, task)
     overrides = {
         name: getattr(args, name)
         for name in SIZES
@@ -152,36 +130,53 @@ def parse_args(doc, presets, argv, task, extra=None):
     return args
 
 
-def add_attention_arguments(parser):
-    layer = parser.add_argument_group("of any kernelized attention")
-    layer.add_argument("--decay", choices=("constant", "gated"))
-    layer.add_argument("--near-field", type=int, help="tokens")
-    kernel = parser.add_argument_group("of PRIOR:MAP")
-    kernel.add_argument("--num-features", type=int, help="of each head")
-    kernel.add_argument("--components", type=int, help="of a mixture")
-    kernel.add_argument("--prefactor", choices=("softmax", "gaussian"))
-    kernel.add_argument("--smoothing", type=float, help="of trigonometric maps")
-    kernel.add_argument("--qk-norm", choices=("l2",))
-    kernel.add_argument("--redraw", choices=("step",))
+def given_sizes(argv, task):
+    """The given flags that tell runs of one attention apart, as a text.
+
+    Args:
+        argv: words of a command line; others are passed over.
+        task: the task's name, which may have flags of its own among them.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    names = ["preset", *size_names(task)]
+    for name in names:
+        flag = f"--{name.replace('_', '-')}"
+        if name in SIZES:
+            parser.add_argument(flag, type=_type_of(name))
+        else:
+            parser.add_argument(flag, nargs="+")
+    args, _ = parser.parse_known_args(list(map(str, argv)))
+    return attentions.text_of(args, names)
 
 
-def attention_flags(args):
-    """The given flags of the attention, as a text, in one order."""
-    return _text(args, (*KERNEL_FLAGS, *LAYER_FLAGS))
+def size_names(task):
+    """Names of the flags that tell runs of a task apart."""
+    return (*TASKS[task].sizes, *(n for n in SIZES if n not in BUDGET))
 
 
-def split_attention(text):
-    """Name and flags of `"NAME --flag value …"`, in the order of records."""
-    parser = argparse.ArgumentParser(prog="--attention", epilog=ATTENTIONS)
-    parser.add_argument("name")
-    add_attention_arguments(parser)
-    args = parser.parse_args(shlex.split(text))
-    return args.name, attention_flags(args)
+def identity(args):
+    """What records know a run by: its values of `records.KEYS`."""
+    return {
+        "task": args.task,
+        "attention": args.attention,
+        "flags": attentions.flags_text(args),
+        "sizes": args.sizes,
+        "seed": args.seed,
+    }
+
+
+def attention_options(args):
+    """Arguments of `KernelizedAttention` for `args.attention`.
+
+    Returns:
+        A dictionary, or `None` for softmax.
+    """
+    return attentions.layer_arguments(args.attention, args, args.preset.key_dim)
 
 
 def _options(parser, args):
-    known = (*PLACES, *SIZES, *KERNEL_FLAGS, *LAYER_FLAGS, "preset", "task")
-    return _text(
+    known = (*PLACES, *SIZES, *attentions.FLAGS, "preset", "task")
+    return attentions.text_of(
         args,
         [
             name
@@ -191,67 +186,6 @@ def _options(parser, args):
     )
 
 
-def _text(args, names):
-    words = []
-    for name in names:
-        value = getattr(args, name)
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words.append(f"--{name.replace('_', '-')}")
-        if value is not True:
-            # Where something lay is nobody's business but this machine's.
-            words += [v.name if isinstance(v, Path) else str(v) for v in values]
-    return shlex.join(words)
-
-
-def attention_options(args):
-    """Arguments of `KernelizedAttention` for `args.attention`.
-
-    Returns:
-        A dictionary, or `None` for softmax.
-    """
-    name = args.attention
-    is_system = name in keras_kt.PAPER_SYSTEMS
-    if name == "softmax" or is_system:
-        own = (*KERNEL_FLAGS, *(() if is_system else LAYER_FLAGS))
-        for flag in own:
-            _given(False, **{flag: getattr(args, flag)})
-    if name == "softmax":
-        return None
-    layer = {flag: getattr(args, flag) for flag in LAYER_FLAGS}
-    if is_system:
-        return keras_kt.paper_system(name, args.preset.key_dim) | layer
-    prior, _, feature_map = name.partition(":")
-    if prior not in PRIORS or feature_map not in MAPS:
-        raise ValueError(
-            "--attention must be softmax, one of "
-            f"{', '.join(keras_kt.PAPER_SYSTEMS)}, or PRIOR:MAP with PRIOR "
-            f"among {', '.join(PRIORS)} and MAP among {', '.join(MAPS)}. "
-            f"Received: {name}"
-        )
-    return {
-        "spectral_prior": PRIORS[prior](
-            **_given(prior == "mixture", num_components=args.components)
-        ),
-        "feature_map": MAPS[feature_map](
-            **_given(feature_map == "positive", prefactor=args.prefactor),
-            **_given(feature_map != "positive", smoothing=args.smoothing),
-        ),
-        "num_features": args.num_features,
-        "qk_norm": args.qk_norm,
-        "redraw": args.redraw or "never",
-        **layer,
-    }
-
-
-def _given(applies, **options):
-    ((name, value),) = options.items()
-    if value is None:
-        return {}
-    if not applies:
-        raise ValueError(
-            f"`{name}` does not apply to the --attention that was given. "
-            f"Received: {value}"
-        )
-    return options
+def _type_of(name):
+    (field,) = (f for f in dataclasses.fields(Preset) if f.name == name)
+    return float if field.type is float else int

@@ -56,11 +56,12 @@ def run_all(jobs, args):
     """
     failed = []
     for number, job in enumerate(jobs, 1):
-        label = f"{job['task']}-{records.label(job)}-{job['seed']}"
+        label = f"{job['task']}-{records.label(job, True)}-{job['seed']}"
         print(f"[{number}/{len(jobs)}] {label}", flush=True)
         module = TASKS[job["task"]].module
         words = [
             *("--attention", job["attention"], *shlex.split(job["flags"])),
+            *shlex.split(job["sizes"]),
             *("--seed", str(job["seed"])),
             *("--data-dir", str(args.data_dir)),
             *("--results", str(args.results)),

@@ -1,10 +1,14 @@
-"""Pictures of a study: curves, kernels, and accuracy against sparsity."""
+"""Pictures of a study: curves, kernels, and accuracy against sizes."""
 
 import numpy as np
 
-from experiments import records
+from experiments import records, size_plots
+from experiments.attentions import FIXED_SYSTEMS
 from experiments.measure import DISTANCES
-from experiments.tasks import FIXED, SYSTEMS
+from experiments.tasks import SYSTEMS
+
+# More lines in one panel cannot be told apart.
+MOST_LINES = 20
 
 
 def draw(tasks, folder):
@@ -20,25 +24,33 @@ def draw(tasks, folder):
         print("No pictures: they need `pip install keras_kt[plot]`.")
         return
     matplotlib.use("Agg")
+    rows = {
+        task: [row for runs in systems.values() for row in runs]
+        for task, systems in tasks.items()
+    }
+    few = {
+        task: systems
+        for task, systems in tasks.items()
+        if len(systems) <= MOST_LINES
+    }
     for name, figure in (
-        ("experiments", draw_curves(tasks, folder)),
+        ("experiments", draw_curves(few, folder)),
         ("kernels", draw_kernels(tasks, folder)),
-        ("sparsity", draw_sparsity(tasks.get("sparsity", {}), folder)),
+        ("sparsity", draw_sparsity(few.get("sparsity", {}), folder)),
+        ("pairs", size_plots.draw_pairs(rows.get("mqar", []))),
+        *((f"heads_{t}", size_plots.draw_heads(rows[t])) for t in tasks),
     ):
         if figure is not None:
             figure.savefig(folder / f"{name}.png", dpi=110)
             print(f"Picture: {folder / name}.png")
 
 
-def is_loss(row):
-    """Whether the lower score is the better one."""
-    return row["metric"].startswith("bits")
-
-
 def draw_curves(tasks, folder):
     """Validation against step and against seconds, a row of panels a task."""
     from matplotlib import pyplot
 
+    if not tasks:
+        return None
     figure, panels = pyplot.subplots(
         len(tasks),
         2,
@@ -100,12 +112,12 @@ def draw_kernels(tasks, folder):
     for task, systems in tasks.items():
         runs = [
             row
-            for attention, of_system in systems.items()
+            for of_system in systems.values()
             for row in of_system
-            if attention not in (*FIXED, "softmax")
+            if row["attention"] not in (*FIXED_SYSTEMS, "softmax")
         ]
         if runs:
-            better = min if is_loss(runs[0]) else max
+            better = min if records.is_loss(runs[0]) else max
             best = better(runs, key=lambda row: float(row["validation"]))
             lines.append((task, best, records.read_arrays(folder, best)))
     if not lines:

@@ -10,8 +10,8 @@ import keras
 import numpy as np
 
 from experiments import body, recipe, wordpieces
+from experiments.attentions import FLAGS
 from experiments.data import Data
-from experiments.flags import KERNEL_FLAGS, LAYER_FLAGS
 from experiments.wordpieces import MASK, RESERVED
 
 MASKED = 0.15
@@ -22,7 +22,6 @@ PRETRAINING = {
 }
 # What a pretrained encoder must share with a run that takes it.
 SIZES = ("length", "blocks", "width", "heads", "key_dim", "hidden", "context")
-KERNEL = (*LAYER_FLAGS, *KERNEL_FLAGS)
 
 
 def steps(args):
@@ -91,7 +90,7 @@ def load_pretrained(args):
 
 def encoder_config(args):
     sizes = {name: getattr(args.preset, name) for name in SIZES}
-    kernel = {name: getattr(args, name) for name in KERNEL}
+    kernel = {name: getattr(args, name) for name in FLAGS}
     return {"attention": args.attention, **sizes, **kernel}
 
 

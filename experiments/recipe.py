@@ -10,7 +10,7 @@ import tensorflow as tf
 import keras_kt
 from experiments import measure, offload, records
 from experiments.data import Synthetic, first, training_order
-from experiments.flags import attention_flags
+from experiments.flags import identity
 from experiments.measure import Scores, accuracy, cross_entropy
 from experiments.progress import Progress
 from experiments.strategies import is_chief, make_strategy, train, uses_xla
@@ -118,7 +118,7 @@ def run(
         trained = Trained(columns, curve, Scores(evaluate(data.test), fresh))
     draws = trained.scores.means_of_draws(args.draw_examples)
     row = {
-        **_identity(args),
+        **identity(args),
         "metric": metric,
         "score": _mean(trained.scores.stored),
         "validation": trained.curve[-1][records.POINT.index("validation")],
@@ -179,15 +179,6 @@ def _train(args, progress, split, training):
     ]
 
 
-def _identity(args):
-    return {
-        "task": args.task,
-        "attention": args.attention,
-        "flags": attention_flags(args),
-        "seed": args.seed,
-    }
-
-
 def _settings(args):
     return {
         "preset": args.preset_name,
@@ -215,7 +206,7 @@ def make_optimizer(args, model):
     kernels = {
         id(weight)
         for layer in measure.attention_layers(model)
-        for weight in layer.spectral_prior.trainable_variables
+        for weight in layer.spectral_weights
     }
     spared = [
         weight

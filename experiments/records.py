@@ -1,8 +1,9 @@
 """What runs left behind: a row each in runs.csv, arrays each in runs.npz.
 
 A study is a folder with both. A run is known by its task, attention, flags of
-the attention, and seed; when it is run again its row and its arrays are
-replaced. Rows are sorted, so that a change of one is a change of one line.
+the attention, sizes that were given, and seed; when it is run again its row and
+its arrays are replaced. Rows are sorted, so that a change of one is a change of
+one line.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-KEYS = ("task", "attention", "flags", "seed")
+KEYS = ("task", "attention", "flags", "sizes", "seed")
 # Columns of a curve.
 POINT = ("step", "loss", "validation", "seconds")
 
@@ -80,21 +81,39 @@ def numbers(text):
     return [float(word) for word in text.split()]
 
 
-def label(row):
-    """The attention of a run and its flags, as tables and files name them."""
+def is_loss(row):
+    """Whether the lower score is the better one."""
+    return row["metric"].startswith("bits")
+
+
+def label(row, with_sizes=False):
+    """The attention of a run and its flags, as tables and files name them.
+
+    Args:
+        row: of a run.
+        with_sizes: whether its sizes follow.
+    """
     words = f"{row['attention']} {row['flags']}".replace(":", " ")
+    if with_sizes:
+        words += f" {_key(row, 'sizes')}"
     return "-".join(words.replace("--", "").split())
 
 
 def _identity(row, keys):
     return tuple(
         (int(value), "") if value.isdigit() else (-1, value)
-        for value in (str(row[key]) for key in keys)
+        for value in (str(_key(row, key)) for key in keys)
     )
 
 
 def _prefix(row, keys):
-    return "/".join(_text(row[key]) for key in keys) + "/"
+    # Studies from before there were sizes have arrays without a place for them.
+    keys = [key for key in keys if key != "sizes" or _key(row, key)]
+    return "".join(f"{_text(_key(row, key))}/" for key in keys)
+
+
+def _key(row, key):
+    return row.get(key, "") if key == "sizes" else row[key]
 
 
 def _text(value):

@@ -37,13 +37,22 @@ def write(folder):
 
 
 def by_task(rows):
-    """Rows by task, then attention: lists over seeds."""
-    tasks = defaultdict(lambda: defaultdict(list))
+    """Rows by task, then attention: lists over seeds.
+
+    Where runs of a task differ in their sizes, these are told beside the
+    attention.
+    """
+    tasks = defaultdict(list)
     for row in rows:
         # TASK, or TASK.PART of the same run.
         task, _, part = row["task"].partition(".")
-        tasks[part or task][records.label(row)].append(row)
-    return tasks
+        tasks[part or task].append(row)
+    systems = {task: defaultdict(list) for task in tasks}
+    for task, of_task in tasks.items():
+        differ = len({row.get("sizes", "") for row in of_task}) > 1
+        for row in of_task:
+            systems[task][records.label(row, with_sizes=differ)].append(row)
+    return systems
 
 
 def tables(rows):
@@ -70,7 +79,7 @@ def tables(rows):
         cells = sorted(
             (summary(attention, runs) for attention, runs in systems.items()),
             key=lambda cell: cell[0],
-            reverse=not plots.is_loss(first),
+            reverse=not records.is_loss(first),
         )
         lines += [text for _, text in cells] + [""]
     return "\n".join(lines) + "\n"

@@ -9,11 +9,14 @@ run again, unless --again says so; what has a checkpoint is resumed.
         softmax GMM-PRF --seeds 0 1 2 --jobs 2
 
 Flags after `--` go to every run: `-- --steps 20` for a trial. Flags beside a
-name go to its runs: `--attention "normal:positive --qk-norm l2"`.
+name go to its runs: `--attention "normal:positive --qk-norm l2"`. Each --vary
+is a flag and its values, and all of them are crossed: `--vary key_dim 2 4 8
+--vary num_features 64 128`. Softmax has no flags of a kernel to vary.
 """
 
 import argparse
 import concurrent.futures
+import itertools
 import os
 import shlex
 import subprocess
@@ -23,8 +26,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from experiments import records, report
-from experiments.flags import split_attention
+from experiments import attentions, flags, records, report
 from experiments.tasks import SYSTEMS, TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,13 +35,7 @@ LOCKS = defaultdict(threading.Lock)
 
 def main(argv):
     args = parse_args(argv)
-    jobs = [
-        dict(zip(records.KEYS, (task, *attention, seed), strict=True))
-        for task in args.tasks
-        for seed in args.seeds
-        for attention in args.attention
-    ]
-    failed = run_all(jobs, args)
+    failed = run_all(make_jobs(args), args)
     if failed:
         print(f"{len(failed)} runs failed: {', '.join(failed)}")
     if not args.pack:
@@ -61,13 +57,58 @@ def parse_args(argv):
     add("--data-dir", type=Path, default=".", help="a folder")
     add("--results", type=Path, default="results/experiments", help="a folder")
     add("--work", type=Path, default="runs", help="for logs and checkpoints")
+    add(
+        "--vary",
+        nargs="+",
+        action="append",
+        default=[],
+        help="a flag's name and values, for each --vary",
+    )
     add("--again", action="store_true", help="run what has a row, too")
     add("--pack", type=Path, help="a folder to pack the runs into: see offload")
     add("--unpack", type=Path, help="a folder of results to record")
     add("flags", nargs="*", help="after `--`: flags of every run")
     args = parser.parse_args(argv)
-    args.attention = [split_attention(text) for text in args.attention]
+    args.attention = [attentions.split(text) for text in args.attention]
+    for flag, *values in args.vary:
+        for task in args.tasks:
+            known = (*flags.size_names(task), *attentions.FLAGS)
+            if flag not in known or not values:
+                parser.error(
+                    "--vary needs a flag's name, among those that tell runs of "
+                    "every task apart, and its values. Received: --vary "
+                    f"{' '.join([flag, *values])}. {task} has "
+                    f"{', '.join(known)}."
+                )
     return args
+
+
+def make_jobs(args):
+    """The runs that were asked for, each once: values of `records.KEYS`."""
+    varied = [flag for flag, *_ in args.vary]
+    jobs = {}
+    for task, seed, attention, *values in itertools.product(
+        args.tasks,
+        args.seeds,
+        args.attention,
+        *(values for _, *values in args.vary),
+    ):
+        choice = zip(varied, values, strict=True)
+        job = _make_job(task, attention, choice, seed, args)
+        jobs.setdefault(name(job), job)
+    return list(jobs.values())
+
+
+def _make_job(task, attention, choice, seed, args):
+    """The run of one choice of values of the flags that are varied."""
+    of_kernel, others = [], []
+    for flag, value in choice:
+        words = of_kernel if flag in attentions.FLAGS else others
+        words += [f"--{flag.replace('_', '-')}", value]
+    if attention[0] != "softmax":
+        attention = attentions.split(" ".join((*attention, *of_kernel)))
+    sizes = flags.given_sizes([*others, *args.flags], task)
+    return dict(zip(records.KEYS, (task, *attention, sizes, seed), strict=True))
 
 
 def run_all(jobs, args):
@@ -104,6 +145,7 @@ def run(job, args):
     command = [
         *(sys.executable, "-m", "experiments", job["task"]),
         *("--attention", job["attention"], *shlex.split(job["flags"])),
+        *shlex.split(job["sizes"]),
         *("--seed", str(job["seed"])),
         *("--data-dir", str(args.data_dir)),
         *("--results", str(args.results)),
@@ -142,4 +184,4 @@ def run(job, args):
 
 
 def name(row):
-    return f"{row['task']}-{records.label(row)}-{row['seed']}"
+    return f"{row['task']}-{records.label(row, True)}-{row['seed']}"

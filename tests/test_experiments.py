@@ -200,8 +200,9 @@ def test_flags_that_would_do_nothing_are_refused(flags, capsys):
 
 
 def test_flags_of_an_attention_have_one_order():
-    split = script("flags").split_attention
-    name, flags = split("fixed:positive --decay gated --num-features 8")
+    name, flags = script("attentions").split(
+        "fixed:positive --decay gated --num-features 8"
+    )
     assert (name, flags) == ("fixed:positive", "--num-features 8 --decay gated")
 
 

@@ -60,13 +60,12 @@ def command(*words, **variables):
 
 def arguments(name, folder, **values):
     """What `parse_args` gives for the cpu preset, with a few values set."""
-    flags, presets = script("flags"), script(name).PRESETS
-    preset = presets["cpu"]
+    flags, preset = script("attentions").FLAGS, script(name).PRESETS["cpu"]
     fields = {k: v for k, v in values.items() if hasattr(preset, k)}
     rest = {k: v for k, v in values.items() if k not in fields}
     return argparse.Namespace(
         data_dir=folder,
         seed=0,
         preset=dataclasses.replace(preset, **fields),
-        **dict.fromkeys((*flags.LAYER_FLAGS, *flags.KERNEL_FLAGS)) | rest,
+        **dict.fromkeys(flags) | rest,
     )
