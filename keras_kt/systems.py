@@ -56,14 +56,13 @@ def paper_system(name: str, key_dim: int = 64, *, mended=False) -> dict:
 
 def _mended(options, key_dim):
     prior, feature_map = options["spectral_prior"], options["feature_map"]
-    if prior.is_gaussian:
-        prior = prior.copy(initial_scale=1.0)
     if feature_map.needs_unit_norm:
-        feature_map = TrigonometricFeatures()
+        changes, feature_map = _CENTERED, TrigonometricFeatures()
     else:
         # A mean cancels in features that are normalized by themselves.
-        has_mean = prior.has_mean
-        feature_map = PositiveFeatures("tilted" if has_mean else "self")
+        changes, feature_map = {"use_mean": False}, PositiveFeatures("self")
+    known = {k: x for k, x in changes.items() if hasattr(prior, k)}
+    prior = prior.copy(**known)
     return {
         "spectral_prior": prior,
         "feature_map": feature_map,

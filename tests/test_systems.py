@@ -22,10 +22,11 @@ COUNTS = {
 }
 
 
+@pytest.mark.parametrize("mended", (False, True))
 @pytest.mark.parametrize("name", keras_kt.PAPER_SYSTEMS)
-def test_every_system_trains(name):
+def test_every_system_trains(name, mended):
     layer = keras_kt.KernelizedAttention(
-        2, 8, **keras_kt.paper_system(name, key_dim=8)
+        2, 8, **keras_kt.paper_system(name, key_dim=8, mended=mended)
     )
     x = tf.constant(
         np.random.default_rng(0).normal(size=(2, 11, 5)), tf.float32
@@ -50,6 +51,28 @@ def test_every_system_trains(name):
 def test_feature_counts_are_the_papers(name):
     for key_dim, expected in zip((64, 32), COUNTS[name], strict=True):
         assert keras_kt.paper_system(name, key_dim)["num_features"] == expected
+
+
+@pytest.mark.parametrize("name", keras_kt.PAPER_SYSTEMS)
+def test_mended_systems_keep_their_prior(name):
+    """And have what was found to keep the published ones from training."""
+    published, mended = (
+        keras_kt.paper_system(name, 8, mended=is_mended)
+        for is_mended in (False, True)
+    )
+    priors = [options["spectral_prior"] for options in (published, mended)]
+    configs = [prior.get_config() for prior in priors]
+    for config in configs:
+        config.pop("name")
+        config["initial_scale"] = 1.0
+    assert type(priors[0]) is type(priors[1]) and configs[0] == configs[1]
+    assert published["spectral_pace"] == 1.0 and published["qk_norm"] is None
+    assert mended["num_features"] == 32
+    layer = keras_kt.KernelizedAttention(2, 8, **mended)
+    layer(np.ones((1, 3, 4)), np.ones((1, 3, 4)))
+    is_trigonometric = name.endswith("RKS")
+    assert (layer.temperature is not None) == is_trigonometric
+    assert layer.feature_map.trainable
 
 
 def test_every_system_says_what_differs():

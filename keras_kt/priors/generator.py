@@ -14,20 +14,30 @@ from keras_kt.priors.base import (
 )
 
 
+ACTIVATIONS = {
+    "leaky_relu": lambda x: tf.nn.leaky_relu(x, 0.01),
+    "tanh": tf.tanh,
+}
+
+
 @keras.saving.register_keras_serializable(package="keras_kt")
 class GeneratorPrior(SpectralPrior):
     """Frequencies from a learned generator network: ω = g(ε), ε ~ N(0, I).
 
-    g is a stack of dense layers with a leaky ReLU, each followed by a root mean
-    square normalization of the one sample (never over samples, so that
-    frequencies stay independent and inference needs no running statistics),
-    then a · tanh(·) with a learned scale a per coordinate. Its start has unit
-    variance per coordinate, as N(0, I) has. Two-sided features estimate the
+    g is a stack of dense layers, each followed by a root mean square
+    normalization of the one sample (never over samples, so that frequencies
+    stay independent and inference needs no running statistics), then a ·
+    tanh(·) with a learned scale a per coordinate. At the start coordinates have
+    unit second moments, as those of N(0, I). Two-sided features estimate the
     kernel of the symmetrised law, (g(ε), −g(ε)).
 
     Args:
         hidden_units: widths of the hidden layers. Defaults to `None`, which
             means one layer of 4 · head_dim.
+        activation: of the hidden layers. `"tanh"`, which is odd, starts at a law
+            whose mean is zero. `"leaky_relu"` (default) does not: of no matter
+            to two-sided features, but a kernel of trigonometric ones oscillates
+            then and trains badly.
         noise_dim: size of ε. Defaults to `None`, which means head_dim.
         coupling: coupling of ε: `"iid"` (default), `"orthogonal"`, `"sobol"`.
         kernel_initializer: initializer of the dense kernels.
@@ -49,6 +59,7 @@ class GeneratorPrior(SpectralPrior):
         self,
         hidden_units=None,
         *,
+        activation="leaky_relu",
         noise_dim=None,
         coupling="iid",
         kernel_initializer="glorot_uniform",
@@ -61,6 +72,9 @@ class GeneratorPrior(SpectralPrior):
         if hidden_units is not None:
             hidden_units = _checks.integers("hidden_units", hidden_units)
         self.hidden_units = hidden_units
+        self.activation = _checks.choice(
+            "activation", activation, tuple(ACTIVATIONS)
+        )
         self.noise_dim = _checks.integer("noise_dim", noise_dim, optional=True)
         self.coupling = _checks.choice(
             "coupling", coupling, base_noise.COUPLINGS
@@ -114,7 +128,7 @@ class GeneratorPrior(SpectralPrior):
             bias = self.for_heads(self._biases[index])
             hidden = tf.linalg.matmul(hidden, kernel) + bias[:, tf.newaxis]
             if index < last:
-                hidden = tf.nn.leaky_relu(hidden, 0.01)
+                hidden = ACTIVATIONS[self.activation](hidden)
             power = tf.reduce_mean(tf.square(hidden), axis=-1, keepdims=True)
             hidden *= tf.math.rsqrt(power + 1e-6)
         return self.for_heads(self._scale)[:, tf.newaxis] * tf.tanh(hidden)
@@ -133,6 +147,7 @@ class GeneratorPrior(SpectralPrior):
         return {
             **super().get_config(),
             "hidden_units": self.hidden_units,
+            "activation": self.activation,
             "noise_dim": self.noise_dim,
             "coupling": self.coupling,
             "kernel_initializer": keras.initializers.serialize(
