@@ -6,6 +6,8 @@ from keras_kt import _checks
 from keras_kt.features import PositiveFeatures, TrigonometricFeatures
 from keras_kt.priors import FastFoodPrior, GeneratorPrior, NormalPrior
 
+# Of mended trigonometric systems, where a prior has the argument.
+_CENTERED = {"initial_scale": 1.0, "activation": "tanh"}
 PAPER_SYSTEMS = (
     "GMM-RKS",
     "GMM-PRF",
@@ -33,11 +35,11 @@ def paper_system(name: str, key_dim: int = 64, *, mended=False) -> dict:
         key_dim: the layer's `key_dim`, which sets the paper's feature counts.
         mended: whether to change what keeps the system from training. Queries
             and keys of trigonometric features are normalized, their smoothing
-            learns from 0.1 on, frequencies start at unit scale; positive
-            features are two-sided, and normalized by themselves, or by the
-            law of a prior with a mean; kernels learn at `spectral_pace=8`; all
-            have 4 · key_dim features. Defaults to `False`: as published, but
-            for what is said above.
+            learns, from 0.1 on, and frequencies start at unit scale and
+            centered; positive features are two-sided and normalized by
+            themselves, which leaves nothing to a mean; kernels learn at the
+            layer's own pace; all have 4 · key_dim features. Defaults to
+            `False`: as published, but for what is said above.
 
     Examples:
 
