@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
-from tests.helpers.scripts import experiment, script
+from tests.helpers.scripts import ROOT, experiment, script
 
 COLUMNS = {
     "score": 0.5,
@@ -443,3 +443,37 @@ def test_weight_decay_spares_all_that_a_kernel_learns():
         is_spared = id(weight) in kernel or len(weight.shape) < 2
         is_same = (weight.numpy() == 1.0).all()
         assert is_same == is_spared, weight.path
+
+
+PAGE = """Text
+<!-- table: results/a.md, B less C -->
+| old |
+<!-- end -->
+More
+"""
+STUDY = (
+    "# A\n\n| no |\n\n## B less C\n\nWords.\n\n| x |\n| - |\n| 1 |\n\n| y |\n"
+)
+
+
+def test_marked_tables_are_those_of_the_study(tmp_path):
+    (tmp_path / "results").mkdir()
+    study, pages = tmp_path / "results" / "a.md", script("pages")
+    with pytest.raises(LookupError, match="results/a.md does not exist"):
+        pages.fill(PAGE, tmp_path)
+    study.write_text(STUDY)
+    filled = pages.fill(PAGE, tmp_path)
+    assert filled == PAGE.replace("| old |\n", "| x |\n| - |\n| 1 |\n")
+    assert pages.fill(filled, tmp_path) == filled
+    study.write_text("## B less C\n\n## D\n\n| x |\n")
+    with pytest.raises(
+        LookupError, match="no table under a heading 'B less C'"
+    ):
+        pages.fill(PAGE, tmp_path)
+
+
+def test_the_tables_of_all_pages_are_those_of_their_studies():
+    fill = script("pages").fill
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text()
+        assert fill(text, ROOT) == text, page
