@@ -54,7 +54,6 @@ def lower(sizes, data, model, optimizer, loss, score):
             lambda number, _: number < chunk,
             body,
             (0, tf.TensorArray(tf.float32, chunk)),
-            maximum_iterations=chunk,
         )
         return losses.stack(), *map(tf.convert_to_tensor, variables)
 

@@ -43,7 +43,10 @@ def device_name():
 
 
 def _compile(proto):
-    text = _hlo.HloModule.from_serialized_hlo_module_proto(proto).to_string()
+    options = _hlo.HloPrintOptions()
+    options.print_large_constants = True
+    module = _hlo.HloModule.from_serialized_hlo_module_proto(proto)
+    text = module.to_string(options)
     # StableHLO has no word for the copies that TensorFlow makes of variables.
     if " copy(" in text:
         module = _hlo.hlo_module_from_text(text.replace(" copy(", " reshape("))

@@ -87,7 +87,6 @@ def run(
     with strategy.scope():
         model = build_model(args)
         optimizer = make_optimizer(args, model)
-    arrays = {"untrained": measure.kernel_profiles(model)}
     print(
         f"{title}: {args.attention}, seed {args.seed}; "
         f"{model.count_params():,} weights, "
@@ -102,6 +101,7 @@ def run(
             args, source, data, model, optimizer, loss, score, scored_by_draws
         )
         return model, None
+    arrays = {"untrained": measure.kernel_profiles(model)}
     if args.unpack:
         trained = Trained(*offload.unpack(args, model))
     else:

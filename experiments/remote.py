@@ -21,11 +21,12 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from subprocess import DEVNULL
 
 ROOT = Path(__file__).resolve().parents[1]
-# Compiles in a fraction of the time; none changes what is computed.
-XLA_FLAGS = "--xla_gpu_autotune_level=0"
-# What may be sent back may hold so much more than results.
+# For short programs, which compile longer than they run.
+XLA_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+# Of a file, for what an archive holds besides the results.
 SPARE = 2**16
 
 
@@ -60,7 +61,7 @@ def parse_args():
     add("--limit", type=float, default=86_400, help="seconds")
     add("--megabytes", type=float, default=15, help="of a file, at most")
     add("--files", type=int, default=4, help="of results, at most")
-    add("--xla-flags", default=XLA_FLAGS, help="default: %(default)s")
+    add("--xla-flags", default=XLA_FLAGS, help="with a =; default: %(default)s")
     add("--no-mps", action="store_true", help="processes take turns on a GPU")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     add("--work", type=Path, help=argparse.SUPPRESS)
@@ -103,15 +104,16 @@ def sharing(args):
     if args.no_mps or args.processes == 1:
         control = None
     if control:
-        subprocess.run([control, "-d"])
+        # A daemon that held this output would keep its reader waiting.
+        subprocess.run([control, "-d"], stdout=DEVNULL, stderr=DEVNULL)
         if _works(flagged):
             try:
                 yield flagged
             finally:
-                subprocess.run([control], input=b"quit\n")
+                subprocess.run([control], input=b"quit\n", stdout=DEVNULL)
             return
         print("No GPU is seen through MPS: processes take turns.", flush=True)
-        subprocess.run([control], input=b"quit\n")
+        subprocess.run([control], input=b"quit\n", stdout=DEVNULL)
     if _works(flagged):
         yield flagged
     else:
