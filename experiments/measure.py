@@ -96,7 +96,7 @@ def drawn_layers(model):
     return [
         layer
         for layer in attention_layers(model)
-        if getattr(layer.spectral_prior, "has_draw", True)
+        if layer.spectral_prior.has_draw
     ]
 
 
