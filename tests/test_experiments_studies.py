@@ -213,6 +213,30 @@ def test_the_report_names_sizes_where_they_differ():
     ]
 
 
+def test_sizes_that_vary_are_a_table_s_columns():
+    study = [
+        *rows("softmax", [0.5], sizes="--pairs 128 --blocks 2"),
+        *rows("softmax", [0.5, 1.0], sizes="--pairs 16 --blocks 2"),
+        *rows("softmax", [0.75], sizes="--pairs 16 --blocks 1"),
+        *rows("normal:self", [0.25], sizes="--pairs 32 --blocks 2"),
+    ]
+    table = script("grids").table
+    assert table("mqar", study) == [
+        "## mqar by pairs",
+        "",
+        "| attention | 16 | 32 | 128 |",
+        "| --- | --- | --- | --- |",
+        "| normal-self --blocks 2 |  | 0.2500 |  |",
+        "| softmax --blocks 1 | 0.7500 |  |  |",
+        "| softmax --blocks 2 | 0.7500 ± 0.2500 |  | 0.5000 |",
+        "",
+    ]
+    assert table("mqar", study[:1]) == table("mqar", rows("softmax", [0])) == []
+    (job,) = rows("softmax", [0.5])
+    columns = table("x", [job, *rows("softmax", [0.5], sizes="--length 9")])[2]
+    assert columns == "| attention | preset | 9 |"
+
+
 def jobs(*words):
     sweep = script("sweep")
     return sweep.make_jobs(sweep.parse_args(list(map(str, words))))
