@@ -12,8 +12,10 @@ it finds; what it sends back is recorded as if the run had been made here.
     python -m experiments sweep --tasks sparsity --attention softmax GMM-PRF \\
         --seeds 0 1 2 --unpack OUT --results …      # here
 
-A pack may take any number of sweeps, of any flags after `--`; what is the same
-in several runs is in it once. `--unpack` must be given the flags of `--pack`.
+A pack may take any number of sweeps, of any flags after `--`, several at a time
+too; what is the same in several runs is in it once. `--unpack` must be given
+the flags of `--pack`. What has a row in --results is left out, as ever, so that
+what did not come back can be packed again.
 
     runs.jsonl      a line for each run: its cell, seed, data and values
     cells/*.json    what the seeds of a run share: modules, variables, draws
@@ -22,7 +24,6 @@ in several runs is in it once. `--unpack` must be given the flags of `--pack`.
 """
 
 import functools
-import gc
 import gzip
 import hashlib
 import importlib
@@ -44,6 +45,8 @@ from experiments.tasks import TASKS
 
 # Scoring has no gradient to keep, so its batches may be so many times larger.
 SCORED_BATCHES = 4
+# Models that are kept until Keras forgets them all, which takes its time.
+CLEARED_AFTER = 10
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -75,8 +78,8 @@ def run_all(jobs, args):
         except (SystemExit, LookupError) as error:
             print(error)
             failed.append(label)
-        keras.backend.clear_session()
-        gc.collect()
+        if number % CLEARED_AFTER == 0:
+            keras.backend.clear_session()
     return failed
 
 
