@@ -14,14 +14,13 @@ difference of test scores.
 """
 
 import argparse
-import re
 import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import attentions, records
+from experiments import attentions, grids, records
 from experiments.flags import SIZES
 
 # Columns that pairs share, beside the seed and D.
@@ -172,9 +171,6 @@ def difference(first, second):
     scores = [[float(runs[seed]["score"]) for seed in seeds] for runs in pairs]
     sign = -1.0 if records.is_loss(row) else 1.0
     gains = [sign * (a - b) for a, b in zip(*scores, strict=True)]
-    error = None
-    if len(gains) > 1:
-        error = statistics.stdev(gains) / len(gains) ** 0.5
     widths = dict.fromkeys(num_features(runs[0]) for runs in (first, second))
     return Difference(
         row=row,
@@ -182,7 +178,7 @@ def difference(first, second):
         first=statistics.mean(scores[0]),
         second=statistics.mean(scores[1]),
         gain=statistics.mean(gains),
-        error=error,
+        error=grids.standard_error(gains),
         seeds=len(seeds),
         names=(records.label(first[0]), records.label(second[0])),
     )
@@ -238,6 +234,5 @@ def _by_seed(rows):
 
 
 def _order(each):
-    words = re.split(r"(\d+)", f"{each.row.get('sizes', '')} {each.features}")
-    numbers = [int(w) if w.isdigit() else w for w in words]
-    return each.row["task"], numbers, each.names
+    sizes = f"{each.row.get('sizes', '')} {each.features}"
+    return each.row["task"], grids.natural(sizes), each.names

@@ -8,7 +8,7 @@ have no value there. Nothing is asked of other tokens. It is the task of
 of its state: here num_features × key_dim numbers a head.
 
     python -m experiments mqar --attention softmax
-    python -m experiments mqar --pairs 128 --attention Performer --blocks 2
+    python -m experiments mqar --pairs 128 --attention Performer --blocks 1
 
 A sequence has 4 · pairs tokens unless --length says otherwise, the densest case
 of the paper: half of it are the pairs, a quarter queries. With a local context
@@ -36,10 +36,10 @@ HELD_OUT = 1000
 PRESETS = {
     "cpu": Preset(
         length=TOKENS * PAIRS,
-        blocks=1,
+        blocks=2,
         width=64,
         heads=2,
-        key_dim=32,
+        key_dim=16,
         hidden=128,
         batch_size=32,
         steps=800,

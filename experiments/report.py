@@ -8,7 +8,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from experiments import plots, records
+from experiments import grids, plots, records
 from experiments.tasks import SYSTEMS, to_beat
 
 COLUMNS = "| attention | test {} | fresh draws | validation "
@@ -66,6 +66,7 @@ def tables(rows):
         *overview(tasks),
     ]
     for task, systems in tasks.items():
+        lines += grids.table(task, [r for rs in systems.values() for r in rs])
         first = next(iter(systems.values()))[0]
         floor = to_beat(task)
         lines += [

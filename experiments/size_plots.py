@@ -11,7 +11,7 @@ import statistics
 from collections import defaultdict
 from typing import NamedTuple
 
-from experiments import attentions
+from experiments import attentions, grids
 from experiments.compare import num_features
 
 # Color, mark and dashes of a prior.
@@ -101,8 +101,9 @@ def _by(rows, key):
 
 def _other_sizes(row):
     """Sizes beside the number of pairs, as a title."""
-    sizes = re.sub(r"--pairs \S+", "", row.get("sizes", ""))
-    return " ".join(sizes.replace("--", "").split())
+    sizes = grids.given(row)
+    sizes.pop("--pairs", None)
+    return " ".join(map(" ".join, sizes.items())).replace("--", "")
 
 
 def _feature_map(row):
@@ -145,17 +146,11 @@ def _lines(rows, size, name, styles):
                 of_name,
                 [x for x, _ in groups],
                 [statistics.mean(each) for each in scores],
-                [_error(each) for each in scores],
+                [grids.standard_error(each) or 0.0 for each in scores],
                 styles[of_name],
             )
         )
     return lines
-
-
-def _error(scores):
-    if len(scores) < 2:
-        return 0.0
-    return statistics.stdev(scores) / len(scores) ** 0.5
 
 
 def _figure(grid, size, title, metric):

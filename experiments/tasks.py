@@ -41,7 +41,7 @@ TASKS = {
 }
 SYSTEMS = ("softmax", *keras_kt.PAPER_SYSTEMS)
 # Not of the sweep.
-OTHERS = ("sweep", "report", "compare", "convert", "distributed")
+OTHERS = ("sweep", "report", "compare", "pages", "convert", "distributed")
 
 
 def to_beat(task):

@@ -1,0 +1,171 @@
+"""Paired differences, and pictures against sizes."""
+
+import numpy as np
+import pytest
+
+from tests.helpers.scripts import experiment, script
+from tests.helpers.studies import rows
+
+
+def test_differences_by_hand():
+    compare = script("compare")
+    study = [
+        *rows("normal:self", [0.5, 0.75, 1.0], flags="--num-features 64"),
+        *rows("fixed:self", [0.25, 0.75], flags="--num-features 64"),
+        *rows("normal:self", [0.9], flags="--num-features 32"),
+        *rows("softmax", [1.0, 1.0, 1.0]),
+    ]
+    (found,) = compare.differences(study, "normal:self", "fixed:self")
+    # Of seeds 0 and 1: 1/4 and 0, whose deviation is √2/8.
+    assert (found.first, found.second) == (0.625, 0.5)
+    assert (found.gain, found.error, found.seeds) == (0.125, 0.125, 2)
+    assert found.features == "64"
+    few, many = compare.differences(study, "softmax", "normal:self")
+    assert (few.features, few.seeds, few.error) == ("32", 1, None)
+    assert few.gain == pytest.approx(0.1)
+    assert (many.features, many.seeds, many.gain) == ("64", 3, 0.25)
+    assert many.error == pytest.approx(0.25 / 3**0.5)
+    unequal = "normal:self --num-features 32", "fixed:self --num-features 64"
+    (found,) = compare.differences(study, *unequal)
+    assert (found.features, found.seeds) == ("32 / 64", 1)
+    assert not compare.differences(study, unequal[0], "fixed:self")
+
+
+def test_runs_of_other_sizes_or_schedules_are_no_pairs():
+    compare = script("compare")
+    first = rows("normal:self", [0.5, 0.5], steps=800, sizes="--blocks 1")
+    for columns in ({"steps": 400}, {"sizes": "--blocks 2"}, {"task": "mqar"}):
+        shared = {"steps": 800, "sizes": "--blocks 1", **columns}
+        study = [*first, *rows("softmax", [0.5, 0.5], **shared)]
+        assert not compare.differences(study, "normal:self", "softmax")
+    assert not compare.differences(
+        [*first, *rows("softmax", [0.5], steps=800, sizes="--blocks 1")][1:],
+        "normal:self",
+        "softmax",
+    )
+
+
+def test_lower_bits_are_a_gain():
+    study = [
+        *rows("normal:self", [2.0, 2.5], metric="bits per byte"),
+        *rows("fixed:self", [2.5, 2.5], metric="bits per byte"),
+    ]
+    (found,) = script("compare").differences(study, "normal:self", "fixed:self")
+    assert (found.gain, found.error) == (0.25, 0.25)
+    (found,) = script("compare").best_differences(study)
+    assert (found.gain, found.names) == (0.25, ("normal-self", "fixed-self"))
+
+
+def test_the_best_are_chosen_by_validation_at_equal_d():
+    compare = script("compare")
+    of_64 = {"flags": "--num-features 64"}
+    study = [
+        *rows("normal:self", [0.5, 0.5], validation=0.9, **of_64),
+        *rows("mixture:self", [0.8, 0.8], validation=0.8, **of_64),
+        # A single seed is no match for two, and another D none at all.
+        *rows("generator:self", [0.9], validation=1.0, **of_64),
+        *rows("fixed:self", [0.4, 0.4], validation=0.3, **of_64),
+        *rows("Performer", [0.7, 0.7], validation=0.2, **of_64),
+        *rows("GMM-RKS", [0.7, 0.7], flags="--num-features 128"),
+        *rows("normal:self", [0.7], flags="--num-features 64 --decay gated"),
+    ]
+    (found,) = compare.best_differences(study)
+    assert found.names == (
+        "normal-self-num-features-64",
+        "fixed-self-num-features-64",
+    )
+    assert found.gain == pytest.approx(0.1) and found.error == 0.0
+
+
+def test_comparisons_are_printed_and_kept(tmp_path, capsys):
+    records = script("records")
+    for row in [
+        *rows("normal:self", [0.5, 1.0]),
+        *rows("Performer", [0.5] * 2),
+    ]:
+        records.write(tmp_path, [row])
+    words = ("compare", "--results", tmp_path, "--pair")
+    experiment(*words, "normal:self", "Performer")
+    text = (tmp_path / "compare.md").read_text()
+    line = "| sparsity |  | 16 | 0.7500 | 0.5000 | +0.2500 | 0.2500 | 2 |"
+    assert text.count(line) == 2 and text.rstrip() in capsys.readouterr().out
+    experiment(*words, "normal:self", "GMM-RKS")
+    assert "No runs differ" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="run something first"):
+        experiment("compare", "--results", tmp_path / "nothing")
+
+
+def test_names_of_lines_keep_apart():
+    spread = script("size_plots").spread
+    assert spread([0.1, 0.5, 0.9], 0.25) == [0.1, 0.5, 0.9]
+    np.testing.assert_allclose(spread([0.5, 0.5], 0.1), [0.45, 0.55])
+    np.testing.assert_allclose(spread([0.0, 0.0, 0.2], 0.1), [0.0, 0.1, 0.2])
+    places = spread([0.1, 0.12, 0.2, 0.21, 0.8], 0.1)
+    assert (np.diff(places) > 0.1 - 1e-9).all()
+    assert places[-1] == 0.8 and np.mean(places[:4]) == pytest.approx(0.1575)
+
+
+def heads_study():
+    return [
+        row
+        for prior in ("fixed", "normal", "empirical")
+        for feature_map in ("positive", "self")
+        for key_dim in (2, 8)
+        for row in rows(
+            f"{prior}:{feature_map}",
+            [0.5, 0.75],
+            flags="--num-features 64",
+            key_dim=key_dim,
+            sizes=f"--key-dim {key_dim}",
+        )
+    ]
+
+
+def test_pictures_against_sizes_show_means_and_errors():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    size_plots = script("size_plots")
+    figure = size_plots.draw_heads(heads_study())
+    assert [axes.get_title() for axes in figure.axes] == [
+        "positive features",
+        "self-normalized features",
+    ]
+    for axes in figure.axes:
+        assert [text.get_text() for text in axes.texts] == [
+            *("empirical", "fixed", "normal"),
+        ]
+        for container in axes.containers:
+            (line, _, (bars,)) = container
+            np.testing.assert_array_equal(line.get_xdata(), [2, 8])
+            np.testing.assert_array_equal(line.get_ydata(), [0.625] * 2)
+            # Of two seeds: a quarter apart, so an error of an eighth.
+            (low, high), _ = bars.get_segments()
+            assert high[1] - low[1] == pytest.approx(0.25)
+    recall = [
+        row
+        for attention, d in (("normal:self", 16), ("normal:self", 32))
+        for pairs in (16, 64)
+        for row in rows(
+            attention,
+            [0.5],
+            flags=f"--num-features {d}",
+            pairs=pairs,
+            sizes=f"--pairs {pairs} --blocks 2",
+        )
+    ]
+    recall += rows("softmax", [1.0], pairs=16, sizes="--pairs 16 --blocks 2")
+    figure = size_plots.draw_pairs(recall)
+    assert [axes.get_title() for axes in figure.axes] == [
+        "D = 16, blocks 2",
+        "D = 32, blocks 2",
+    ]
+    for axes in figure.axes:
+        names = [text.get_text() for text in axes.texts]
+        assert sorted(names) == ["normal:self", "softmax"]
+    pyplot.close("all")
+
+
+def test_a_study_of_one_size_has_no_such_picture():
+    size_plots = script("size_plots")
+    one = rows("normal:self", [0.5], pairs=16)
+    assert size_plots.draw_heads(one) is size_plots.draw_pairs(one) is None
+    assert size_plots.draw_pairs(rows("softmax", [0.5])) is None
