@@ -5,6 +5,6 @@ of them share, `recipe` trains and tests it, `records` keeps what came of it in
 one CSV file and one NPZ file a study, `sweep` runs tasks × attentions × seeds,
 `report` and `plots` make tables and pictures of them, `compare` pairs runs that
 differ in their attention alone, and `pages` copies tables into the pages.
-`offload` packs runs for a machine that has an accelerator and no TensorFlow, where
+`offload` packs runs for a machine with an accelerator and no TensorFlow, where
 `remote` makes them.
 """

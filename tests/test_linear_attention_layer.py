@@ -98,6 +98,7 @@ def test_every_argument_survives_the_config():
         "implementation": "quadratic",
         "decay": "gated",
         "near_field": 2,
+        "spectral_pace": 2.0,
         "seed": 3,
     }
     layer = keras_kt.LinearAttention(

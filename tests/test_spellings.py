@@ -93,6 +93,7 @@ OPTIONS = {
     "implementation": "quadratic",
     "decay": "constant",
     "near_field": 3,
+    "spectral_pace": 2.0,
 }
 # Arguments of every Keras layer.
 KERAS = {"name": "given", "trainable": False, "dtype": "float32"}
@@ -139,6 +140,8 @@ BLOCK = {
 }
 PRIOR = {
     "per_head": False,
+    "scale_spread": 2.0,
+    "pace": 2.0,
     "seed": 3,
     "kernel_regularizer": "l2",
     "name": "given",
@@ -165,10 +168,19 @@ MIXTURE = {
 }
 GENERATOR = {
     "hidden_units": (5, 3),
+    "activation": "tanh",
     "noise_dim": 3,
     "coupling": "orthogonal",
     "kernel_initializer": "he_normal",
     **PRIOR,
+}
+EMPIRICAL = {
+    "initial_scale": 0.5,
+    "tied": False,
+    "coupling": "iid",
+    "radius": "chi",
+    "regularizer": "l2",
+    **{name: x for name, x in PRIOR.items() if name != "kernel_regularizer"},
 }
 FASTFOOD = {"diagonal_regularizer": "l2", "per_head": False, "seed": 3}
 # A class: a function from its arguments to the layer under test, how that is
@@ -198,6 +210,11 @@ CLASSES = {
         with_itself,
         GENERATOR,
     ),
+    keras_kt.EmpiricalPrior: (
+        with_prior(keras_kt.EmpiricalPrior),
+        with_itself,
+        EMPIRICAL,
+    ),
     keras_kt.FastFoodPrior: (
         with_prior(keras_kt.FastFoodPrior),
         with_itself,
@@ -206,12 +223,12 @@ CLASSES = {
     keras_kt.PositiveFeatures: (
         with_map(keras_kt.PositiveFeatures),
         with_itself,
-        {"prefactor": "gaussian", "two_sided": False},
+        {"prefactor": "gaussian", "two_sided": False, "pace": 2.0},
     ),
     keras_kt.TrigonometricFeatures: (
         with_map(keras_kt.TrigonometricFeatures),
         with_itself,
-        {"smoothing": 0.5, "trainable": False},
+        {"smoothing": 0.5, "trainable": False, "pace": 2.0},
     ),
 }
 # Names that Keras, or `get`, looks up: strings of NumPy's, but no tensors.
@@ -225,6 +242,7 @@ LOOKED_UP = {
     *(name for name in ATTENTION if name.endswith("_constraint")),
     *(name for name in MIXTURE if name.split("_")[-1].endswith("izer")),
     "diagonal_regularizer",
+    "regularizer",
 }
 # What takes its arguments from a class above does not check them itself.
 DERIVED = {

@@ -13,7 +13,6 @@ from keras_kt.priors.base import (
     no_density,
 )
 
-
 ACTIVATIONS = {
     "leaky_relu": lambda x: tf.nn.leaky_relu(x, 0.01),
     "tanh": tf.tanh,
@@ -34,10 +33,10 @@ class GeneratorPrior(SpectralPrior):
     Args:
         hidden_units: widths of the hidden layers. Defaults to `None`, which
             means one layer of 4 · head_dim.
-        activation: of the hidden layers. `"tanh"`, which is odd, starts at a law
-            whose mean is zero. `"leaky_relu"` (default) does not: of no matter
-            to two-sided features, but a kernel of trigonometric ones oscillates
-            then and trains badly.
+        activation: of the hidden layers. `"tanh"`, which is odd, starts at a
+            law whose mean is zero. `"leaky_relu"` (default) does not: of no
+            matter to two-sided features, but a kernel of trigonometric ones
+            oscillates then and trains badly.
         noise_dim: size of ε. Defaults to `None`, which means head_dim.
         coupling: coupling of ε: `"iid"` (default), `"orthogonal"`, `"sobol"`.
         kernel_initializer: initializer of the dense kernels.
