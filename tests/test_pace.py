@@ -151,12 +151,12 @@ def test_regularizers_are_of_values():
 
 def test_a_recipe_may_have_a_pace_of_its_own():
     layer = make("normal")
-    assert layer.spectral_prior.pace == layer.feature_map.pace == 8.0
+    assert layer.spectral_prior.pace == layer.feature_map.pace == 4.0
     prior = keras_kt.NormalPrior(pace=2)
     layer = keras_kt.KernelizedAttention(2, 4, spectral_prior=prior)
     layer(array((1, 3, 5)), array((1, 3, 5)))
     assert layer.spectral_prior.pace == 2.0
-    assert layer.feature_map.pace == 8.0
+    assert layer.feature_map.pace == 4.0
     assert prior.copy().pace == 2.0
 
 

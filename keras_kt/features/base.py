@@ -21,10 +21,8 @@ class FeatureMap(Recipe):
     is_shift_invariant = False
     # Of N(μ, I) it is exp(x·y), up to factors of x and exp(μ·y).
     is_softmax = False
-    # Where a layer's `qk_norm` is "auto": whether it is "l2", and the
-    # temperature that this starts at.
+    # Whether a layer's `qk_norm="auto"` is "l2".
     needs_unit_norm = False
-    initial_temperature = 1.0
 
     def num_frequencies(self, num_features: int) -> int:
         """Frequencies that give `num_features` features."""
@@ -48,6 +46,10 @@ class FeatureMap(Recipe):
         """Raises a `ValueError` if the prior gives no kernel with this map."""
         # AutoGraph, which drops docstrings, fails on a body that has no more.
         return None
+
+    def initial_temperature(self, head_dim: int) -> float:
+        """At which the temperature of normalized queries and keys starts."""
+        return 1.0
 
     def build(self, num_heads):
         """Creates the weights, if the map has any."""

@@ -83,11 +83,15 @@ class TrigonometricFeatures(FeatureMap):
     sides = 2
     is_shift_invariant = True
     needs_unit_norm = True
-    initial_temperature = 2.0
 
     def __init__(self, smoothing=0.1, *, trainable=True, **kwargs):
         super().__init__(trainable=trainable, **kwargs)
         self.smoothing = _checks.number("smoothing", smoothing, is_open=True)
+
+    def initial_temperature(self, head_dim):
+        # Directions at random are about head_dim^(-1/2) apart in their cosine:
+        # logits spread alike at any width, and by 2 head_dim^(-1/2) at 32.
+        return math.sqrt(head_dim / 8.0)
 
     def build(self, num_heads):
         raw = self.smoothing + math.log(-math.expm1(-self.smoothing))

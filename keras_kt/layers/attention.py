@@ -77,7 +77,7 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
         near_field: keys less than so many visible tokens away weigh by the
             kernel in closed form. Defaults to `None`: features at any distance.
         spectral_pace: how many times as fast as others the kernel's weights
-            move; see `LinearAttention`. Defaults to 8.
+            move; see `LinearAttention`. Defaults to 4.
 
     Call arguments:
         query: `(batch, query_length, features)`.
@@ -138,7 +138,7 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
         implementation="auto",
         decay=None,
         near_field=None,
-        spectral_pace=8.0,
+        spectral_pace=4.0,
         **kwargs,
     ):
         if flash_attention:

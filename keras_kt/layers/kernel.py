@@ -161,7 +161,7 @@ class LearnedKernel(keras.layers.Layer):
         self._feature_map.validate(self._spectral_prior)
         if self._has_unit_norm():
             self.unit_norm = UnitNorm(
-                self.feature_map.initial_temperature,
+                self.feature_map.initial_temperature(self.key_dim),
                 self.spectral_pace,
                 name="qk_norm",
             )

@@ -85,7 +85,7 @@ class LinearAttention(kernel.LearnedKernel):
             positive features of a normal or mixture prior. Defaults to `None`.
         spectral_pace: how many times as fast as other weights the kernel's own
             move (those of prior and feature map, and the temperature): their
-            variables are values divided by it. Defaults to 8.
+            variables are values divided by it. Defaults to 4.
         seed: of the stored draw and of redraws. Defaults to a global one.
 
     Call arguments:
@@ -132,7 +132,7 @@ class LinearAttention(kernel.LearnedKernel):
         implementation="auto",
         decay=None,
         near_field=None,
-        spectral_pace=8.0,
+        spectral_pace=4.0,
         seed=None,
         **kwargs,
     ):
