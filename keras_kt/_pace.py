@@ -24,11 +24,16 @@ class PacedLayer(keras.layers.Layer):
 
     pace = None
 
-    def paced_weight(self, name, shape, initializer, regularizer=None):
-        """`add_weight` by the start of the value, which `value_of` gives."""
+    def paced_weight(
+        self, name, shape, initializer, regularizer=None, *, is_paced=True
+    ):
+        """`add_weight` by the start of the value, which `value_of` gives.
+
+        One that is not paced is its value.
+        """
         initializer = keras.initializers.get(initializer)
         regularizer = keras.regularizers.get(regularizer)
-        pace = self.pace or 1.0
+        pace = self.pace if is_paced and self.pace else 1.0
         if regularizer:
             penalty = regularizer
 
@@ -42,16 +47,17 @@ class PacedLayer(keras.layers.Layer):
             regularizer=regularizer,
             autocast=False,
         )
-        self._paced = getattr(self, "_paced", frozenset()) | {id(weight)}
+        if is_paced:
+            self._paced = getattr(self, "_paced", frozenset()) | {id(weight)}
         return weight
 
     def value_of(self, weight) -> tf.Tensor:
-        """The value that a variable of `paced_weight` stands for."""
-        return _paced(weight, self.pace or 1.0)
+        """The value that a variable of the layer stands for."""
+        return _paced(weight, self._factor(weight))
 
     def assign_value(self, weight, value) -> None:
-        """Sets the value of a variable of `paced_weight`."""
-        weight.assign(value / (self.pace or 1.0))
+        """Sets the value of a variable of the layer."""
+        weight.assign(value / self._factor(weight))
 
     def save_own_variables(self, store):
         for key, weight in self._own_variables().items():
@@ -80,7 +86,7 @@ class PacedLayer(keras.layers.Layer):
 
 def _paced(weight, pace):
     weight = tf.convert_to_tensor(weight)
-    if pace == 1.0:
+    if pace == 1:
         return weight
     # The second term is zero, and its gradient one.
     return tf.stop_gradient(pace * weight) + (weight - tf.stop_gradient(weight))

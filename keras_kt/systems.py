@@ -150,7 +150,9 @@ def _generator_rks(key_dim):
     at inference. Ours: normalizes each sample by itself, learned output scale.
     """
     return {
-        "spectral_prior": GeneratorPrior(per_head=False),
+        "spectral_prior": GeneratorPrior(
+            per_head=False, activation="leaky_relu"
+        ),
         "feature_map": _released_smoothing(),
         "num_features": 2 * _paper_count(key_dim),
     }
@@ -163,7 +165,9 @@ def _generator_prf(key_dim):
     at key_dim 64.
     """
     return {
-        "spectral_prior": GeneratorPrior(per_head=False),
+        "spectral_prior": GeneratorPrior(
+            per_head=False, activation="leaky_relu"
+        ),
         "feature_map": PositiveFeatures("isotropic", two_sided=False),
         "num_features": _paper_count(key_dim),
     }

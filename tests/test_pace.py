@@ -71,8 +71,13 @@ def step(layer, optimizer):
 
 
 def values(layer):
+    """Those of all that is paced: not of a generator's network."""
     pace = layer.spectral_pace
-    return [pace * weight.numpy() for weight in layer.spectral_weights]
+    return [
+        pace * weight.numpy()
+        for weight in layer.spectral_weights
+        if not weight.name.startswith(("spectral_weight_", "spectral_bias_"))
+    ]
 
 
 @pytest.mark.parametrize("prior, feature_map", PAIRS)

@@ -168,7 +168,7 @@ MIXTURE = {
 }
 GENERATOR = {
     "hidden_units": (5, 3),
-    "activation": "tanh",
+    "activation": "leaky_relu",
     "noise_dim": 3,
     "coupling": "orthogonal",
     "kernel_initializer": "he_normal",

@@ -249,18 +249,21 @@ class SpectralPrior(Recipe):
         """KL(prior ‖ N(0, I)) of each head, `(heads,)`."""
         raise NotImplementedError
 
-    def add_parameter(self, name, shape, initializer, regularizer=None):
+    def add_parameter(
+        self, name, shape, initializer, regularizer=None, *, is_paced=True
+    ):
         """A weight with a leading axis of heads (1 if heads share).
 
         Its name is `spectral_` and `name`, by which an optimizer can tell it
         from the projections' weights. Read it by `for_heads`: the variable is
-        the parameter divided by `pace`.
+        the parameter divided by `pace`, unless `is_paced` is false.
         """
         return self.paced_weight(
             f"spectral_{name}",
             (self.num_heads if self.per_head else 1, *shape),
             initializer,
             regularizer,
+            is_paced=is_paced,
         )
 
     def for_heads(self, weight) -> tf.Tensor:

@@ -33,8 +33,8 @@ class GeneratorPrior(SpectralPrior):
     Args:
         hidden_units: widths of the hidden layers. Defaults to `None`, which
             means one layer of 4 · head_dim.
-        activation: of the hidden layers. `"tanh"`, which is odd, starts at a
-            law whose mean is zero. `"leaky_relu"` (default) does not: of no
+        activation: of the hidden layers. `"tanh"` (default) is odd, so that the
+            law starts with a mean of zero. `"leaky_relu"` does not: of no
             matter to two-sided features, but a kernel of trigonometric ones
             oscillates then and trains badly.
         noise_dim: size of ε. Defaults to `None`, which means head_dim.
@@ -58,7 +58,7 @@ class GeneratorPrior(SpectralPrior):
         self,
         hidden_units=None,
         *,
-        activation="leaky_relu",
+        activation="tanh",
         noise_dim=None,
         coupling="iid",
         kernel_initializer="glorot_uniform",
@@ -82,6 +82,8 @@ class GeneratorPrior(SpectralPrior):
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
 
     def build_parameters(self):
+        # The network's weights are many and small, as a projection's are, and
+        # learn at the pace of those; the scale learns at the kernel's.
         hidden = self.hidden_units
         if hidden is None:
             hidden = [4 * self.head_dim]
@@ -96,10 +98,13 @@ class GeneratorPrior(SpectralPrior):
                     (inputs, outputs),
                     each_head(self.kernel_initializer),
                     self.kernel_regularizer,
+                    is_paced=False,
                 )
             )
             self._biases.append(
-                self.add_parameter(f"bias_{index}", (outputs,), "zeros")
+                self.add_parameter(
+                    f"bias_{index}", (outputs,), "zeros", is_paced=False
+                )
             )
         # E tanh(n)² = 0.394 for a standard normal n.
         start = 0.39429**-0.5 * self.head_scales()[:, None]
@@ -141,6 +146,11 @@ class GeneratorPrior(SpectralPrior):
         from keras_kt.priors.generator_law import GeneratorLaw
 
         return GeneratorLaw(self)
+
+    @classmethod
+    def from_config(cls, config):
+        # Of version 0.1, which had no other.
+        return cls(**{"activation": "leaky_relu", **config})
 
     def get_config(self):
         return {

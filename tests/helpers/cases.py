@@ -130,9 +130,15 @@ def weights_of(layer):
     pace = next((pace for pace in paces if pace), 1.0)
     return {
         name_of(weight): weight.numpy().astype("float64")
-        * (pace if weight.name.startswith("spectral_") else 1.0)
+        * (pace if _is_paced(weight.name) else 1.0)
         for weight in layer.trainable_weights
     }
+
+
+def _is_paced(name):
+    # All of the kernel's but a generator's network.
+    network = "spectral_weight_", "spectral_bias_"
+    return name.startswith("spectral_") and not name.startswith(network)
 
 
 def reference_frequencies(prior, weights, noise):
@@ -144,7 +150,7 @@ def reference_frequencies(prior, weights, noise):
     if isinstance(prior, keras_kt.EmpiricalPrior):
         return reference.atoms(weights["points"])
     if isinstance(prior, keras_kt.GeneratorPrior):
-        return reference.generator_frequencies(weights, noise)
+        return reference.generator_frequencies(weights, noise, prior.activation)
     if isinstance(prior, keras_kt.DistributionPrior):
         scale = reference.softplus(weights["scale"])
         return (

@@ -83,7 +83,7 @@ def fastfood_frequencies(weights, permutation, count, dim):
     return atoms(omega[:, :count, :dim])
 
 
-def generator_frequencies(weights, noise):
+def generator_frequencies(weights, noise, activation):
     hidden, index = noise, 0
     while f"weight_{index}" in weights:
         kernel = weights[f"weight_{index}"]
@@ -91,7 +91,10 @@ def generator_frequencies(weights, noise):
         hidden = hidden + weights[f"bias_{index}"][:, None]
         index += 1
         if f"weight_{index}" in weights:
-            hidden = np.where(hidden.real < 0, 0.01 * hidden, hidden)
+            if activation == "tanh":
+                hidden = np.tanh(hidden)
+            else:
+                hidden = np.where(hidden.real < 0, 0.01 * hidden, hidden)
         power = (hidden**2).mean(-1, keepdims=True)
         hidden = hidden / np.sqrt(power + 1e-6)
     return atoms(weights["scale"][:, None] * np.tanh(hidden))
