@@ -14,7 +14,8 @@ A sequence has 4 · pairs tokens unless --length says otherwise, the densest cas
 of the paper: half of it are the pairs, a quarter queries. With a local context
 a value's token also sees its key, and one block can recall; without it
 (--context 0) the tokens get learned positions, and it takes two blocks, of
-which the first one brings keys to their values.
+which the first one must learn to bring keys to their values. Softmax had not
+learned that in 3,000 steps of 8 pairs (seed 0: accuracy 0.167).
 """
 
 import dataclasses
