@@ -95,12 +95,21 @@ def title(row):
 
 
 def style(attention, others):
-    """The same line for an attention in every panel."""
-    known = [*SYSTEMS, *sorted(set(others) - set(SYSTEMS))]
-    number = known.index(attention)
+    """The same line for an attention in every panel.
+
+    A mended system has the color of the published one, which is pale then.
+    """
+
+    def system(name):
+        return name.removeprefix("mended-")
+
+    known = [*SYSTEMS, *sorted({*map(system, others)} - set(SYSTEMS))]
+    number = known.index(system(attention))
+    has_twin = f"mended-{attention}" in others
     return {
         "color": "k" if attention == "softmax" else f"C{number % 10}",
         "ls": "--" if attention.endswith("RKS") else "-",
+        "alpha": 0.35 if has_twin else 1.0,
     }
 
 

@@ -37,7 +37,6 @@ class EmpiricalPrior(SpectralPrior):
     TensorShape([2, 16, 8])
     """
 
-    has_known_law = True
     has_draw = False
 
     def __init__(
@@ -56,7 +55,7 @@ class EmpiricalPrior(SpectralPrior):
         self.initial_scale = _checks.number(
             "initial_scale", initial_scale, is_open=True
         )
-        self.tied = _checks.boolean("tied", tied)
+        self.tied = self.has_known_law = _checks.boolean("tied", tied)
         self.coupling = _checks.choice(
             "coupling", coupling, base_noise.COUPLINGS
         )
