@@ -101,7 +101,9 @@ def _is_known(name):
         spaces = (s for s in NAMESPACES if hasattr(s, first))
         owner = getattr(next(spaces), first)
         return all(f"{part}:" in inspect.getdoc(owner) for part in rest)
-    everything = OURS | parameters(keras_kt.PositiveFeatures) | ELSEWHERE
+    parts = keras_kt.PositiveFeatures, keras_kt.EmpiricalPrior
+    parts = (*parts, keras_kt.SpectralPrior)
+    everything = OURS.union(ELSEWHERE, *map(parameters, parts))
     return name in everything or any(
         hasattr(space, name) for space in NAMESPACES
     )

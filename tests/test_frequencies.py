@@ -12,7 +12,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:FastFoodPrior needs a power")
 def tensors_of(draw):
     """What `Frequencies` say, as the oracle puts it: offsets and means
     `(heads, components, …, dim)`, probabilities and covariances."""
-    offsets, means, log_weights, covariances = draw
+    offsets, means, log_weights, covariances, of_keys = draw
+    assert of_keys is None
     heads, count, dim = offsets.shape
     components = log_weights.shape[1]
     rows = count // components

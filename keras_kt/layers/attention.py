@@ -89,10 +89,10 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
             its query axis is known to have size 1: that is a key mask.
         training: whether to apply dropout and redraws.
         use_causal_mask: query t sees keys 0 … t only; stays linear.
+        return_attention_scores: also return weights `(batch, heads, t, s)`.
 
     Returns:
-        `(batch, query_length, output_dim)`; with `return_attention_scores` also
-        the weights, `(batch, heads, query_length, key_length)`.
+        `(batch, query_length, output_dim)`, and the weights if asked for.
 
     Examples:
 

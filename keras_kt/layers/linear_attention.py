@@ -99,11 +99,11 @@ class LinearAttention(kernel.LearnedKernel):
         decay: `(batch, key_length, num_key_value_heads, 1)`, λ ≥ 0 of tokens.
         use_causal_mask: query t sees keys 0 … t only; stays linear.
         training: whether to redraw.
+        return_attention_scores: also return weights `(batch, heads, t, s)`.
 
     Returns:
-        `(batch, query_length, num_heads, value_dim)`; with
-        `return_attention_scores` also the weights, `(batch, num_heads,
-        query_length, key_length)`.
+        `(batch, query_length, num_heads, value_dim)`, and the weights if asked
+        for.
 
     Examples:
 
