@@ -23,11 +23,11 @@ ARGUMENTS = {
     "spectral_pace": functools.partial(_checks.number, is_open=True),
     "seed": functools.partial(_checks.integer, minimum=None, optional=True),
 }
-# Figures: results/options, normal:trigonometric with --qk-norm none and without.
+# From results/options: normal:trigonometric, with --qk-norm none and without.
 NORMS_WARNING = (
     "Trigonometric features train badly where queries and keys are not "
-    "normalized: in a study of look-ups 0.36, 0.95 and 0.37 of the answers were "
-    "right at three seeds, and 0.97 at each where they are. Received: "
+    "normalized: in a study of look-ups 0.36, 0.95 and 0.37 of the answers "
+    "were right at three seeds, and 0.97 at each where they are. Received: "
     'qk_norm=None. Leave it at "auto", or use "l2".'
 )
 
