@@ -251,7 +251,7 @@ def test_normalizer_of_positive_features_is_between_one_and_all(name):
         keys = cases.LENGTH
         total = state.sums.numpy()[:, :, -1]  # (batch, heads, features)
         assert total.min() >= 1.0 and total.max() <= keys * (1 + 1e-6)
-        log_query = bound(tokens[0]) + state.maximum[:, :, tf.newaxis]
+        log_query = bound.queries(tokens[0]) + state.maximum[:, :, tf.newaxis]
         log_query -= tf.reduce_max(log_query, -1, keepdims=True)
         normalizer = tf.einsum("bhtf,bhf->bht", tf.exp(log_query), total)
         assert normalizer.numpy().min() >= 1.0
