@@ -47,21 +47,30 @@ class PacedLayer(keras.layers.Layer):
             regularizer=regularizer,
             autocast=False,
         )
-        if is_paced:
-            self._paced = getattr(self, "_paced", frozenset()) | {id(weight)}
+        # Past Keras, which would track it.
+        factors = {**getattr(self, "_factors", {}), id(weight): pace}
+        object.__setattr__(self, "_factors", factors)
         return weight
 
     def value_of(self, weight) -> tf.Tensor:
-        """The value that a variable of the layer stands for."""
-        return _paced(weight, self._factor(weight))
+        """The value that a variable of `paced_weight` stands for."""
+        if id(weight) not in getattr(self, "_factors", {}):
+            raise ValueError(
+                "The value of a weight is asked for by the variable that "
+                "`add_parameter` returned, which is divided by the pace. "
+                f"Received: {weight!r}. Compute with what `for_heads(variable)`"
+                " returns."
+            )
+        return _paced(weight, self._factors[id(weight)])
 
     def assign_value(self, weight, value) -> None:
-        """Sets the value of a variable of the layer."""
-        weight.assign(value / self._factor(weight))
+        """Sets the value of a variable of `paced_weight`."""
+        weight.assign(value / self._factors[id(weight)])
 
     def save_own_variables(self, store):
         for key, weight in self._own_variables().items():
-            store[key] = weight.numpy() * self._factor(weight)
+            value = keras.ops.convert_to_numpy(weight)
+            store[key] = value * self._factor(weight)
 
     def load_own_variables(self, store):
         own = self._own_variables()
@@ -79,9 +88,9 @@ class PacedLayer(keras.layers.Layer):
         return own
 
     def _factor(self, weight):
-        is_paced = self.pace and id(weight) in getattr(self, "_paced", ())
+        factor = getattr(self, "_factors", {}).get(id(weight), 1)
         # As an array, so that integers stay what they are.
-        return np.asarray(self.pace if is_paced else 1, weight.dtype)
+        return np.asarray(factor, weight.dtype)
 
 
 def _paced(weight, pace):

@@ -181,3 +181,11 @@ def test_what_is_no_pace_is_refused():
             ),
         )
     wrong("`pace` must be", lambda: keras_kt.NormalPrior(pace=0))
+
+
+def test_only_variables_have_values():
+    """`for_heads` of an expression would be off by the pace."""
+    prior = make("normal").spectral_prior
+    weight = prior.trainable_weights[0]
+    np.testing.assert_allclose(prior.for_heads(weight), 4.0 * weight.numpy())
+    wrong("`for_heads", lambda: prior.for_heads(2.0 * weight))
