@@ -54,14 +54,17 @@ class PacedLayer(keras.layers.Layer):
 
     def value_of(self, weight) -> tf.Tensor:
         """The value that a variable of `paced_weight` stands for."""
-        if id(weight) not in getattr(self, "_factors", {}):
+        factors = getattr(self, "_factors", {})
+        if id(weight) not in factors:
+            if set(factors.values()) <= {1.0}:
+                return tf.convert_to_tensor(weight)
             raise ValueError(
                 "The value of a weight is asked for by the variable that "
                 "`add_parameter` returned, which is divided by the pace. "
                 f"Received: {weight!r}. Compute with what `for_heads(variable)`"
                 " returns."
             )
-        return _paced(weight, self._factors[id(weight)])
+        return _paced(weight, factors[id(weight)])
 
     def assign_value(self, weight, value) -> None:
         """Sets the value of a variable of `paced_weight`."""

@@ -189,3 +189,27 @@ def test_only_variables_have_values():
     weight = prior.trainable_weights[0]
     np.testing.assert_allclose(prior.for_heads(weight), 4.0 * weight.numpy())
     wrong("`for_heads", lambda: prior.for_heads(2.0 * weight))
+
+
+@keras.saving.register_keras_serializable("keras_kt_tests")
+class Written(keras_kt.SpectralPrior):
+    """A prior as users of 0.1 wrote theirs: it reads the variable."""
+
+    def build_parameters(self):
+        self.scale = self.add_parameter("scale", (1,), "ones")
+
+    def draw(self, seed):
+        shape = self.num_heads, self.num_frequencies, self.head_dim
+        return tf.random.stateless_normal(shape, seed)
+
+    def frequencies(self, noise):
+        scale = tf.convert_to_tensor(self.scale)
+        scale = self.for_heads(tf.abs(scale))
+        return keras_kt.Frequencies.of_samples(noise * scale[:, None])
+
+
+def test_priors_that_read_their_variables_stay_right():
+    layer = keras_kt.KernelizedAttention(2, 4, spectral_prior=Written())
+    layer(array((1, 3, 5)), array((1, 3, 5)))
+    prior = layer.spectral_prior
+    np.testing.assert_array_equal(prior().offsets, prior.base_noise)

@@ -250,13 +250,14 @@ class SpectralPrior(Recipe):
         raise NotImplementedError
 
     def add_parameter(
-        self, name, shape, initializer, regularizer=None, *, is_paced=True
+        self, name, shape, initializer, regularizer=None, *, is_paced=False
     ):
         """A weight with a leading axis of heads (1 if heads share).
 
         Its name is `spectral_` and `name`, by which an optimizer can tell it
-        from the projections' weights. Read it by `for_heads`: the variable is
-        the parameter divided by `pace`, unless `is_paced` is false.
+        from the projections' weights. With `is_paced` it learns `pace` times as
+        fast: the variable is the parameter divided by that then, so read the
+        parameter by `for_heads` and not from the variable.
         """
         return self.paced_weight(
             f"spectral_{name}",

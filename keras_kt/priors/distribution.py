@@ -120,6 +120,7 @@ class DistributionPrior(SpectralPrior):
                 sizes,
                 each_head(initializer),
                 self.parameter_regularizer,
+                is_paced=True,
             )
         from keras_kt.priors import law_checks, reparameterization
 

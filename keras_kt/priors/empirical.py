@@ -73,6 +73,7 @@ class EmpiricalPrior(SpectralPrior):
                 points.shape[1:],
                 lambda shape, dtype: points.astype(dtype),
                 self.regularizer,
+                is_paced=True,
             )
 
         self._points = add("points")

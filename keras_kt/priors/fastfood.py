@@ -79,12 +79,15 @@ class FastFoodPrior(SpectralPrior):
         def plus_minus_one(shape, dtype):
             return tf.where(signs(shape, dtype) < 0.0, -1.0, 1.0)
 
-        self._s = self.add_parameter("s", shape, chi, self.diagonal_regularizer)
-        self._g = self.add_parameter(
-            "g", shape, normal, self.diagonal_regularizer
-        )
-        self._b = self.add_parameter(
-            "b", shape, plus_minus_one, self.diagonal_regularizer
+        self._s, self._g, self._b = (
+            self.add_parameter(
+                name, shape, start, self.diagonal_regularizer, is_paced=True
+            )
+            for name, start in (
+                ("s", chi),
+                ("g", normal),
+                ("b", plus_minus_one),
+            )
         )
 
     def draw(self, seed):

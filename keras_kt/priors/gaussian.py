@@ -63,6 +63,7 @@ class GaussianPrior(SpectralPrior):
                 (components, dim),
                 self.mean_initializer,
                 self.mean_regularizer,
+                is_paced=True,
             )
         shape = (components, 1 if self.covariance == "isotropic" else dim)
         start = np.ravel(np.asarray(self.initial_scale, "float32"))
@@ -74,10 +75,14 @@ class GaussianPrior(SpectralPrior):
             shape,
             lambda shape, dtype: np.broadcast_to(raw, shape).astype(dtype),
             self.scale_regularizer,
+            is_paced=True,
         )
         if self.covariance == "full":
             self._raw_lower = self.add_parameter(
-                "scale_lower", (components, dim, dim), "zeros"
+                "scale_lower",
+                (components, dim, dim),
+                "zeros",
+                is_paced=True,
             )
 
     @property
@@ -320,7 +325,11 @@ class MixturePrior(GaussianPrior):
     def build_parameters(self):
         super().build_parameters()
         self._logits = self.add_parameter(
-            "logits", (self.num_components,), "zeros", self.logits_regularizer
+            "logits",
+            (self.num_components,),
+            "zeros",
+            self.logits_regularizer,
+            is_paced=True,
         )
 
     @property

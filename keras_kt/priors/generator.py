@@ -98,13 +98,10 @@ class GeneratorPrior(SpectralPrior):
                     (inputs, outputs),
                     each_head(self.kernel_initializer),
                     self.kernel_regularizer,
-                    is_paced=False,
                 )
             )
             self._biases.append(
-                self.add_parameter(
-                    f"bias_{index}", (outputs,), "zeros", is_paced=False
-                )
+                self.add_parameter(f"bias_{index}", (outputs,), "zeros")
             )
         # E tanh(n)² = 0.394 for a standard normal n.
         start = 0.39429**-0.5 * self.head_scales()[:, None]
@@ -112,6 +109,7 @@ class GeneratorPrior(SpectralPrior):
             "scale",
             (self.head_dim,),
             lambda shape, dtype: np.broadcast_to(start, shape).astype(dtype),
+            is_paced=True,
         )
 
     def draw(self, seed):
