@@ -16,7 +16,6 @@ difference of test scores.
 import argparse
 import statistics
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,9 +126,9 @@ def differences(rows, first, second):
     names = attentions.parse(first), attentions.parse(second)
     both_given = all(name.num_features is not None for name in names)
     found = []
-    for setting in _by(rows, _setting).values():
+    for setting in records.by(rows, _setting).values():
         of_first, of_second = (
-            _by((row for row in setting if _is(row, name)), num_features)
+            records.by((row for row in setting if _is(row, name)), num_features)
             for name in names
         )
         for d, runs in of_first.items():
@@ -147,7 +146,7 @@ def best_differences(rows):
     """
     found = []
     kernels = [row for row in rows if row["attention"] != "softmax"]
-    for setting in _by(kernels, _kernel_setting).values():
+    for setting in records.by(kernels, _kernel_setting).values():
         learned, fixed = (
             [
                 row
@@ -211,7 +210,7 @@ def _kernel_setting(row):
 
 def _best(rows):
     """Runs of the best attention, among those of the most seeds."""
-    runs = list(_by(rows, records.label).values())
+    runs = list(records.by(rows, records.label).values())
     most = max(map(len, runs))
     better = min if records.is_loss(rows[0]) else max
     return better(
@@ -220,13 +219,6 @@ def _best(rows):
             float(row["validation"]) for row in each
         ),
     )
-
-
-def _by(rows, key):
-    groups = defaultdict(list)
-    for row in rows:
-        groups[key(row)].append(row)
-    return groups
 
 
 def _by_seed(rows):

@@ -41,12 +41,22 @@ def draw(tasks, folder):
         *((f"heads_{t}", size_plots.draw_heads(rows[t])) for t in tasks),
     ):
         if figure is not None:
-            figure.savefig(folder / f"{name}.png", dpi=110)
+            # Tight, since a panel may have left.
+            path = folder / f"{name}.png"
+            figure.savefig(path, dpi=110, bbox_inches="tight")
             print(f"Picture: {folder / name}.png")
 
 
+def is_remote(rows):
+    """Whether another machine made any of these runs."""
+    return any(row.get("device") for row in rows)
+
+
 def draw_curves(tasks, folder):
-    """Validation against step and against seconds, a row of panels a task."""
+    """Validation against step and against seconds, a row of panels a task.
+
+    Only against step where another machine made runs.
+    """
     from matplotlib import pyplot
 
     if not tasks:
@@ -76,8 +86,12 @@ def draw_curves(tasks, folder):
         left.set_xlabel("training step")
         left.set_ylabel(f"validation {first['metric']}")
         right.set_xlabel("seconds of training")
+        beside = right
+        if is_remote(row for runs in systems.values() for row in runs):
+            right.remove()
+            beside = left
         # Beside the panels, where it hides no curve; labels are the left one's.
-        right.legend(
+        beside.legend(
             *left.get_legend_handles_labels(),
             fontsize=7,
             loc="upper left",
@@ -106,9 +120,13 @@ def style(attention, others):
     known = [*SYSTEMS, *sorted({*map(system, others)} - set(SYSTEMS))]
     number = known.index(system(attention))
     has_twin = f"mended-{attention}" in others
+    # There are ten colors.
+    dashes = "-" if number < 10 else "-."
+    if attention.endswith("RKS"):
+        dashes = "--"
     return {
         "color": "k" if attention == "softmax" else f"C{number % 10}",
-        "ls": "--" if attention.endswith("RKS") else "-",
+        "ls": dashes,
         "alpha": 0.35 if has_twin else 1.0,
     }
 

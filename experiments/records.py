@@ -11,6 +11,7 @@ import csv
 import fcntl
 import os
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,14 @@ def write(folder, rows, arrays=None, *, name="runs", keys=KEYS):
 def numbers(text):
     """The numbers of a cell that holds several."""
     return [float(word) for word in text.split()]
+
+
+def by(rows, key):
+    """Rows in lists by what a function makes of them."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return groups
 
 
 def is_loss(row):

@@ -124,16 +124,16 @@ def summary(attention, runs):
     # GLUE's own score of CoLA.
     if runs[0].get("matthews"):
         tests += f", Matthews {mean(runs, 'matthews'):.4f}"
-    # Nobody asks another machine for it.
-    memory = "–"
-    if all(row["peak_memory_mib"] for row in runs):
+    # Of another machine, whose accelerator runs share, they would say nothing.
+    step = minutes = memory = "–"
+    if not plots.is_remote(runs):
+        step = f"{mean(runs, 'milliseconds_per_step'):.0f}"
+        minutes = f"{mean(runs, 'seconds') / 60:.1f}"
         memory = f"{mean(runs, 'peak_memory_mib'):.0f}"
     return score, (
         f"| {attention} | {score:.4f}{tests} | {spread} "
         f"| {mean(runs, 'validation'):.4f} "
-        f"| {mean(runs, 'milliseconds_per_step'):.0f} "
-        f"| {mean(runs, 'seconds') / 60:.1f} "
-        f"| {memory} "
+        f"| {step} | {minutes} | {memory} "
         f"| {len(runs)} |"
     )
 

@@ -11,7 +11,7 @@ import statistics
 from collections import defaultdict
 from typing import NamedTuple
 
-from experiments import attentions, grids
+from experiments import attentions, grids, records
 from experiments.compare import num_features
 
 # Color, mark and dashes of a prior.
@@ -68,7 +68,7 @@ def draw_heads(rows):
         f"{NAMES.get(name, name)} features": _lines(
             [*runs, *softmax], "key_dim", _prior, styles
         )
-        for name, runs in sorted(_by(kernels, _feature_map).items())
+        for name, runs in sorted(records.by(kernels, _feature_map).items())
     }
     counts = map(str, sorted({num_features(row) for row in kernels}))
     title = f"{kernels[0]['title']}, D = {', '.join(counts)}"
@@ -82,21 +82,14 @@ def draw_pairs(rows):
         return None
     styles = _styles(rows, _attention)
     grid = defaultdict(dict)
-    for sizes, of_sizes in sorted(_by(rows, _other_sizes).items()):
-        groups = _by(of_sizes, num_features)
+    for sizes, of_sizes in sorted(records.by(rows, _other_sizes).items()):
+        groups = records.by(of_sizes, num_features)
         softmax = groups.pop(None, [])
         for features, runs in sorted(groups.items()) or [("any", [])]:
             grid[sizes][f"D = {features}"] = _lines(
                 [*runs, *softmax], "pairs", _attention, styles
             )
     return _figure(grid, "pairs", "Associative recall", rows[0]["metric"])
-
-
-def _by(rows, key):
-    groups = defaultdict(list)
-    for row in rows:
-        groups[key(row)].append(row)
-    return groups
 
 
 def _other_sizes(row):
@@ -138,8 +131,8 @@ def _styles(rows, name):
 def _lines(rows, size, name, styles):
     """A `Line` of each name."""
     lines = []
-    for of_name, runs in sorted(_by(rows, name).items()):
-        groups = sorted(_by(runs, lambda row: int(row[size])).items())
+    for of_name, runs in sorted(records.by(rows, name).items()):
+        groups = sorted(records.by(runs, lambda row: int(row[size])).items())
         scores = [[float(row["score"]) for row in group] for _, group in groups]
         lines.append(
             Line(

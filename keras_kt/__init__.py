@@ -38,7 +38,7 @@ from keras_kt.priors import (
 from keras_kt.serving import export_saved_model
 from keras_kt.systems import PAPER_SYSTEMS, paper_system
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "PAPER_SYSTEMS",

@@ -23,6 +23,8 @@ class PacedLayer(keras.layers.Layer):
     """
 
     pace = None
+    # Of variables of `paced_weight`, by identity; replaced, never changed.
+    _factors = {}
 
     def paced_weight(
         self, name, shape, initializer, regularizer=None, *, is_paced=True
@@ -48,15 +50,16 @@ class PacedLayer(keras.layers.Layer):
             autocast=False,
         )
         # Past Keras, which would track it.
-        factors = {**getattr(self, "_factors", {}), id(weight): pace}
+        factors = {**self._factors, id(weight): pace}
         object.__setattr__(self, "_factors", factors)
         return weight
 
     def value_of(self, weight) -> tf.Tensor:
         """The value that a variable of `paced_weight` stands for."""
-        factors = getattr(self, "_factors", {})
-        if id(weight) not in factors:
-            if set(factors.values()) <= {1.0}:
+        factor = self._factors.get(id(weight))
+        if factor is None:
+            # Where nothing is paced an expression is as good.
+            if set(self._factors.values()) <= {1.0}:
                 return tf.convert_to_tensor(weight)
             raise ValueError(
                 "The value of a weight is asked for by the variable that "
@@ -64,7 +67,7 @@ class PacedLayer(keras.layers.Layer):
                 f"Received: {weight!r}. Compute with what `for_heads(variable)`"
                 " returns."
             )
-        return _paced(weight, factors[id(weight)])
+        return _paced(weight, factor)
 
     def assign_value(self, weight, value) -> None:
         """Sets the value of a variable of `paced_weight`."""
@@ -91,7 +94,7 @@ class PacedLayer(keras.layers.Layer):
         return own
 
     def _factor(self, weight):
-        factor = getattr(self, "_factors", {}).get(id(weight), 1)
+        factor = self._factors.get(id(weight), 1)
         # As an array, so that integers stay what they are.
         return np.asarray(factor, weight.dtype)
 

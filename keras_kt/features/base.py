@@ -114,3 +114,10 @@ class FeatureMap(Recipe):
             An `ExactKernel`, or `None` where no closed form is known.
         """
         return None
+
+
+def per_feature(components: tf.Tensor, count: int) -> tf.Tensor:
+    """Repeats the last axis, components, to `count` frequencies; not a one."""
+    if components.shape[-1] == 1:
+        return components
+    return tf.repeat(components, count // components.shape[-1], axis=-1)

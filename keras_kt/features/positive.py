@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_kt import _checks
-from keras_kt.features.base import FeatureMap
+from keras_kt.features.base import FeatureMap, per_feature
 from keras_kt.numerics import precise_product
 
 PREFACTORS = ("softmax", "tilted", "gaussian", "isotropic", "self")
@@ -86,9 +86,11 @@ class PositiveMap(NamedTuple):
             log_features: `(…, features)`, or what features of a component have
                 in common, `(…, components)`.
         """
-        terms = log_features + self._per_feature(
-            self.log_amplitudes, log_features.shape[-1]
-        )
+        terms = log_features
+        if terms.shape[-1] == self.width:
+            terms += self._per_feature(self.log_amplitudes)
+        else:
+            terms += self.log_amplitudes
         return tf.reduce_logsumexp(terms, axis=-1, keepdims=True)
 
     def _complete(self, x, projection):
@@ -101,17 +103,12 @@ class PositiveMap(NamedTuple):
         projected = precise_product(x, projection)
         if self.two_sided:
             projected = tf.concat([projected, -projected], -1)
-        return projected + self._per_feature(exponent, projected.shape[-1])
+        return projected + self._per_feature(exponent)
 
-    def _per_feature(self, components, width):
-        """Repeats the last axis, components, to that of features."""
-        count = components.shape[-1]
-        if count in (1, width):
-            return components
-        if self.two_sided:
-            components = tf.repeat(components, width // count // 2, axis=-1)
-            return tf.concat([components, components], -1)
-        return tf.repeat(components, width // count, axis=-1)
+    def _per_feature(self, components):
+        each = per_feature(components, self.projection.shape[-1])
+        is_mirrored = self.two_sided and each.shape[-1] > 1
+        return tf.concat([each, each], -1) if is_mirrored else each
 
     def _quadratic_form(self, x):
         if self.quadratic.shape.rank == 3 and self.quadratic.shape[-1] == 1:

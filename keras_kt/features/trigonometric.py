@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_kt import _checks
-from keras_kt.features.base import FeatureMap
+from keras_kt.features.base import FeatureMap, per_feature
 from keras_kt.numerics import precise_product, sine_and_cosine
 
 # Lost in the rounding of any smoothing that matters.
@@ -89,8 +89,8 @@ class TrigonometricFeatures(FeatureMap):
         self.smoothing = _checks.number("smoothing", smoothing, is_open=True)
 
     def initial_temperature(self, head_dim):
-        # Directions at random are about head_dim^(-1/2) apart in their cosine:
-        # logits spread alike at any width, and by 2 head_dim^(-1/2) at 32.
+        # Cosines of random directions deviate by head_dim^(-1/2), so that
+        # logits deviate by 8^(-1/2) at any width: 2 at 32, 0.7 at 4.
         return math.sqrt(head_dim / 8.0)
 
     def build(self, num_heads):
@@ -119,24 +119,16 @@ class TrigonometricFeatures(FeatureMap):
         of_keys = frequencies.key_offsets
         if frequencies.means is not None:
             means = tf.linalg.matrix_transpose(frequencies.means)
-            projection += _per_frequency(means, projection)
+            projection += per_feature(means, projection.shape[-1])
         amplitudes = tf.exp(0.5 * frequencies.log_weights)[:, tf.newaxis]
         if of_keys is not None:
             of_keys = scale * tf.linalg.matrix_transpose(of_keys)
         return TrigonometricMap(
             scale * projection,
-            _per_frequency(amplitudes, projection),
+            per_feature(amplitudes, projection.shape[-1]),
             self.smoothing_weights,
             of_keys,
         )
 
     def get_config(self):
         return {**super().get_config(), "smoothing": self.smoothing}
-
-
-def _per_frequency(components, like):
-    """Repeats the last axis, components, to the frequencies of `like`."""
-    count = components.shape[-1]
-    if count == 1:
-        return components
-    return tf.repeat(components, like.shape[-1] // count, axis=-1)
