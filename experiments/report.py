@@ -63,7 +63,8 @@ def tables(rows):
         "",
         "`python -m experiments sweep`; each run's flags are in runs.csv.",
         "",
-        *overview(tasks),
+        # Of a single task its own table says more.
+        *(overview(tasks) if len(tasks) > 1 else []),
     ]
     for task, systems in tasks.items():
         lines += grids.table(task, [r for rs in systems.values() for r in rs])
