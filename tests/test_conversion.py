@@ -628,6 +628,21 @@ def test_what_cannot_be_calibrated_says_so():
     assert "no longer N(μ, I)" in report.notes["attention"]
 
 
+@pytest.mark.parametrize("prefactor", ("softmax", "self"))
+def test_the_default_prior_has_no_mean_that_the_map_cancels(prefactor):
+    """It failed where Keras made the layer again, in a TypeError."""
+    model = one_layer()
+    converted, _ = keras_kt.convert_attention(
+        model,
+        feature_map=keras_kt.PositiveFeatures(prefactor),
+        num_features=512,
+    )
+    assert not converted.get_layer("attention").spectral_prior.use_mean
+    x, expected = 0.3 * floats(), model(0.3 * floats())
+    error = np.linalg.norm(converted(x) - expected)
+    assert error < 0.05 * np.linalg.norm(expected)
+
+
 def test_normalised_queries_stand_for_no_softmax():
     converted, _ = keras_kt.convert_attention(one_layer(), qk_norm="l2")
     with pytest.raises(ValueError, match="stands for no softmax"):

@@ -201,6 +201,9 @@ def test_long_queries_are_found(qk_norm):
     found = problems(diagnostics.health(model, batch(30.0)))
     assert bool(found) == (qk_norm is None)
     assert all("too long" in problem for problem in found)
+    # Points are the kernel: they estimate nothing.
+    model = model_of(qk_norm=qk_norm, spectral_prior="empirical")
+    assert not problems(diagnostics.health(model, batch(30.0)))
     # Padding does not count.
     x = keras.Input((None, WIDTH))
     y = keras.layers.Masking(mask_value=99.0)(x)

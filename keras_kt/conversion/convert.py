@@ -11,7 +11,7 @@ import inspect
 
 import keras
 
-from keras_kt import _checks, priors
+from keras_kt import _checks, features, priors
 from keras_kt.conversion import keras_hub
 from keras_kt.conversion.find import attention_layers
 from keras_kt.conversion.report import ConversionReport, ConvertedLayer
@@ -57,7 +57,8 @@ def convert_attention(
             them. Defaults to `None`, which means all.
         spectral_prior: as in `KernelizedAttention`. Defaults to `None`, which
             means `NormalPrior(use_mean=True)`: softmax's, with a mean for
-            `calibrate` to move the queries' mean into.
+            `calibrate` to move the queries' mean into, unless the map cancels
+            it.
         feature_map: as in `KernelizedAttention`. Defaults to `None`, which
             means `PositiveFeatures("tilted")`: softmax's with that mean.
         num_features: D for all layers, or a dictionary from paths to D. The
@@ -97,10 +98,12 @@ def convert_attention(
     _check_model(model)
     found = attention_layers(model)
     chosen = _choose(found, layers)
-    if spectral_prior is None:
-        spectral_prior = priors.NormalPrior(use_mean=True)
     if feature_map is None:
         feature_map = PositiveFeatures("tilted")
+    if spectral_prior is None:
+        spectral_prior = priors.NormalPrior(use_mean=True)
+        if features.get(feature_map).cancels_mean(spectral_prior):
+            spectral_prior = priors.NormalPrior()
     counts = _feature_counts(num_features, chosen)
     problems = problems_of(model, chosen, dropout)
     if on_unsupported == "error" and any(problems.values()):

@@ -129,6 +129,9 @@ def _data_findings(path, layer, record):
     if record.sums is not None:
         yield from _sums_findings(path, summarized(layer, record.sums))
         return
+    if not layer.spectral_prior.has_draw:
+        # Its frequencies estimate nothing: they are the kernel.
+        return
     queries, keys = scaled_tokens(layer, record.call)
     omega, weights = spectrum(layer)
     for head in range(layer.num_heads):

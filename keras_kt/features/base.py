@@ -78,6 +78,10 @@ class FeatureMap(Recipe):
         """
         raise NotImplementedError
 
+    def cancels_mean(self, prior: SpectralPrior) -> bool:
+        """Whether a mean of the prior has no part in the weights of keys."""
+        return False
+
     def is_tilted(self, prior: SpectralPrior) -> bool:
         """Whether the prior's mean μ weighs keys y by exp(μ·y), as softmax of
         queries that are shifted by μ."""

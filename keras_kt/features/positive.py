@@ -219,6 +219,12 @@ class PositiveFeatures(FeatureMap):
     def is_softmax(self):
         return self.prefactor in ("softmax", "tilted", "self")
 
+    def cancels_mean(self, prior):
+        is_shared = prior.num_components == 1
+        return self.prefactor == "softmax" or (
+            self.prefactor == "self" and is_shared
+        )
+
     def is_tilted(self, prior):
         is_normal = prior.is_gaussian and prior.num_components == 1
         return self.prefactor == "tilted" and is_normal and prior.has_mean
@@ -237,10 +243,7 @@ class PositiveFeatures(FeatureMap):
                 "any distribution, or has_moment_generating_function=True if "
                 "you know that it exists."
             )
-        is_cancelled = self.prefactor == "softmax" or (
-            self.prefactor == "self" and prior.num_components == 1
-        )
-        if prior.has_mean and is_cancelled:
+        if prior.has_mean and self.cancels_mean(prior):
             raise ValueError(
                 f"The {self.prefactor} prefactor cancels the mean of the "
                 "prior, so that it would never be trained. Received: prefactor="
