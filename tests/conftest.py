@@ -1,4 +1,5 @@
 import os
+import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -15,6 +16,14 @@ tf.config.set_visible_devices([], "GPU")
 @pytest.fixture(autouse=True)
 def _seeded():
     keras.utils.set_random_seed(1234)
+
+
+@pytest.fixture(autouse=True)
+def _closed_figures():
+    """A figure is the caller's to close; twenty open ones are a warning."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture(autouse=True)
