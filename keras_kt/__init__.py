@@ -24,7 +24,7 @@ from keras_kt.layers.transformer import (
     KernelizedTransformerDecoder,
     KernelizedTransformerEncoder,
 )
-from keras_kt.ops.states import AttentionState, NearFieldState
+from keras_kt.ops.states import AttentionState, NearFieldState, RotaryState
 from keras_kt.priors import (
     DistributionPrior,
     EmpiricalPrior,
@@ -58,6 +58,7 @@ __all__ = [
     "NearFieldState",
     "NormalPrior",
     "PositiveFeatures",
+    "RotaryState",
     "SpectralPrior",
     "TrigonometricFeatures",
     "conversion",

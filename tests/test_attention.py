@@ -125,6 +125,7 @@ def test_every_argument_survives_the_config():
         "implementation": "quadratic",
         "decay": "gated",
         "near_field": 3,
+        "rotary_max_wavelength": 100.0,
         "spectral_pace": 2.0,
         "name": "mine",
         "trainable": False,

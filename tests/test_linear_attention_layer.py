@@ -89,7 +89,7 @@ def test_contract(arguments, call, tmp_path):
 def test_every_argument_survives_the_config():
     arguments = {
         "num_heads": 6,
-        "key_dim": 5,
+        "key_dim": 4,
         "value_dim": 7,
         "num_key_value_heads": 3,
         "num_features": 40,
@@ -98,6 +98,7 @@ def test_every_argument_survives_the_config():
         "implementation": "quadratic",
         "decay": "gated",
         "near_field": 2,
+        "rotary_max_wavelength": 100.0,
         "spectral_pace": 2.0,
         "seed": 3,
     }

@@ -51,13 +51,13 @@ def with_heads(layer):
 
 def encoder(**kwargs):
     return keras_kt.KernelizedTransformerEncoder(
-        **{"intermediate_dim": 8, "num_heads": 2} | kwargs
+        **{"intermediate_dim": 8, "num_heads": 3} | kwargs
     )
 
 
 def decoder(**kwargs):
     return keras_kt.KernelizedTransformerDecoder(
-        **{"intermediate_dim": 8, "num_heads": 2} | kwargs
+        **{"intermediate_dim": 8, "num_heads": 3} | kwargs
     )
 
 
@@ -93,6 +93,7 @@ OPTIONS = {
     "implementation": "quadratic",
     "decay": "constant",
     "near_field": 3,
+    "rotary_max_wavelength": 100.0,
     "spectral_pace": 2.0,
 }
 # Arguments of every Keras layer.
@@ -127,7 +128,7 @@ OF_HEADS = {
 }
 BLOCK = {
     "intermediate_dim": 5,
-    "num_heads": 3,
+    "num_heads": 2,
     "dropout": 0.5,
     "activation": "gelu",
     "layer_norm_epsilon": 0.25,
@@ -275,7 +276,7 @@ def model_of(kind, **kwargs):
     make, call, _ = CLASSES[kind]
     keras.utils.set_random_seed(1)
     layer = make(**kwargs)
-    # Three heads divide the width too.
+    # Two heads divide the width too.
     x = keras.Input((None, WIDTH))
     return layer, keras.Model(x, call(layer)(x))
 

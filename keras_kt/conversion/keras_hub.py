@@ -66,13 +66,14 @@ class CachedKernelizedAttention(KernelizedAttention):
                 training=training,
                 use_causal_mask=is_causal,
             )
-        if self.decay or self.near_field:
+        if self.decay or self.near_field or self.rotary_max_wavelength:
             raise ValueError(
                 "A key-value cache does not tell how far its keys are, which "
-                "`decay` and `near_field` go by. Received: a cache for "
-                f"{self.name!r} with decay={self.decay!r}, near_field="
-                f"{self.near_field}. Convert without them, or stream with "
-                "`step`."
+                "`decay`, `near_field` and `rotary_max_wavelength` go by. "
+                f"Received: a cache for {self.name!r} with decay="
+                f"{self.decay!r}, near_field={self.near_field}, "
+                f"rotary_max_wavelength={self.rotary_max_wavelength}. Convert "
+                "without them, or stream with `step`."
             )
         query = without_mask(query)
         keys, values = cache[:, 0], cache[:, 1]

@@ -59,6 +59,13 @@ def attending(layers, attend):
                 f"Received: layer {layer.name!r} with decay={layer.decay!r}. "
                 "Convert without it."
             )
+        if getattr(layer, "rotary_max_wavelength", None):
+            raise ValueError(
+                "Heads that the layer turns by their places cannot be measured "
+                "or calibrated apart from these. Received: layer "
+                f"{layer.name!r} with rotary_max_wavelength="
+                f"{layer.rotary_max_wavelength}."
+            )
         if len(query.shape) != 4:
             raise ValueError(
                 "Only attention over one axis can be measured or calibrated. "
@@ -82,12 +89,14 @@ def masked_softmax(logits, visible):
     return tf.where(visible, tf.nn.softmax(logits), 0.0)
 
 
-def nominal_logits(layer, query, key):
+def nominal_logits(layer, query, key, key_mask=None):
     """Logits of the softmax that a layer stands for; a teacher's own.
 
     Args:
         layer: a `KernelizedAttention`, or a `MultiHeadAttention`.
         query, key: `(batch, length, heads, key_dim)`, as projected.
+        key_mask: `(batch, key_length)` boolean, by which a layer's rotary
+            positions count; or `None`.
 
     Returns:
         `(batch, heads, query_length, key_length)`.
@@ -101,5 +110,5 @@ def nominal_logits(layer, query, key):
             f"attention. Received: layer {layer.name!r} with qk_norm="
             f"{layer.qk_norm!r}. Convert without it."
         )
-    scaled = layer.scaled(query, key)
+    scaled = layer.scaled(query, key, key_mask)
     return layer.feature_map.logits(layer.spectral_prior, *scaled)

@@ -96,7 +96,9 @@ def kernel_errors(model, data):
 def _softmax_map(layer, call):
     if layer.temperature is not None or call["query"].shape.rank != 4:
         return None
-    logits = nominal_logits(layer, call["query"], call["key"])
+    logits = nominal_logits(
+        layer, call["query"], call["key"], call.get("key_mask")
+    )
     return masked_softmax(logits, visible_pairs(call)).numpy()
 
 
@@ -104,7 +106,7 @@ def _closed_form_map(layer, call):
     """Attention weights of the prior's own kernel, or `None`."""
     if layer.decay or layer.near_field or call["query"].shape.rank != 4:
         return None
-    query, key = layer.scaled(call["query"], call["key"])
+    query, key = layer.scaled(call["query"], call["key"], call.get("key_mask"))
     visible = visible_pairs(call).numpy()
     maps = []
     for q, k, seen in zip(query, key, visible, strict=True):

@@ -86,15 +86,25 @@ def scaled_tokens(layer, call):
     Returns:
         Two of `(heads, tokens, key_dim)`, as the kernel takes them.
     """
+    # Other axes than the attended one join the batch.
+    query, key = (
+        tf.reshape(call[name], (-1, *call[name].shape[-3:]))
+        for name in ("query", "key")
+    )
+    masks = [
+        None if mask is None else np.reshape(mask, (-1, x.shape[1]))
+        for x, mask in (
+            (query, call.get("query_mask")),
+            (key, call.get("key_mask")),
+        )
+    ]
     found = []
-    for name in ("query", "key"):
-        x = np.asarray(call[name], "float32")
-        x = x.reshape(-1, *x.shape[-2:])
-        mask = call.get(f"{name}_mask")
+    for x, mask in zip(layer.scaled(query, key, masks[1]), masks, strict=True):
+        x = np.reshape(x, (-1, *x.shape[-2:]))
         if mask is not None:
             x = x[np.reshape(mask, -1).astype(bool)]
-        found.append(x[np.newaxis])
-    return [np.swapaxes(x[0], 0, 1) for x in layer.scaled(*found)]
+        found.append(np.swapaxes(x, 0, 1))
+    return found
 
 
 def is_signed(layer):

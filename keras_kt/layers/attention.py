@@ -76,6 +76,8 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
             or of each token of `key`, by a gate that starts at a constant.
         near_field: keys less than so many visible tokens away weigh by the
             kernel in closed form. Defaults to `None`: features at any distance.
+        rotary_max_wavelength: queries and keys are turned by their places, as
+            KerasHub's `RotaryEmbedding` does; see `LinearAttention`.
         spectral_pace: how many times as fast as others the kernel's weights
             move; see `LinearAttention`. Defaults to 4.
 
@@ -138,6 +140,7 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
         implementation="auto",
         decay=None,
         near_field=None,
+        rotary_max_wavelength=None,
         spectral_pace=4.0,
         **kwargs,
     ):
@@ -174,6 +177,7 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
             implementation=implementation,
             decay=decay,
             near_field=near_field,
+            rotary_max_wavelength=rotary_max_wavelength,
             spectral_pace=spectral_pace,
             seed=seed,
             dtype="float32",
@@ -209,7 +213,7 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
     def build(self, query_shape, value_shape, key_shape=None):
         key_shape = value_shape if key_shape is None else key_shape
         self.build_projections(query_shape, value_shape, key_shape)
-        for name in ("decay", "near_field"):
+        for name in ("decay", "near_field", "rotary_max_wavelength"):
             if getattr(self, name):
                 check_one_axis(name, getattr(self, name), self._attention_axes)
         self._unprojected = self._unprojected

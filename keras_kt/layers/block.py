@@ -84,6 +84,10 @@ class TransformerBlock(keras.layers.Layer):
         Returns:
             An unbuilt layer.
         """
+        options = dict(self.attention_options)
+        if name == "cross_attention":
+            # Tokens of two sequences have no distance.
+            options.pop("rotary_max_wavelength", None)
         return KernelizedAttention(
             self.num_heads,
             key_dim,
@@ -92,7 +96,7 @@ class TransformerBlock(keras.layers.Layer):
             bias_initializer=_fresh(self.bias_initializer),
             dtype=self.dtype_policy,
             name=name,
-            **self.attention_options,
+            **options,
         )
 
     def _build_block(self, width, cross_width=None):

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_kt import _checks, features, ops, priors
+from keras_kt.layers import rotary
 from keras_kt.layers.scaling import Decay, UnitNorm, checked_rates
 
 REDRAWS = ("never", "step")
@@ -20,6 +21,9 @@ ARGUMENTS = {
     "redraw": functools.partial(_checks.choice, choices=REDRAWS),
     "decay": functools.partial(_checks.choice, choices=DECAYS),
     "near_field": _COUNT,
+    "rotary_max_wavelength": functools.partial(
+        _checks.number, is_open=True, optional=True
+    ),
     "spectral_pace": functools.partial(_checks.number, is_open=True),
     "seed": functools.partial(_checks.integer, minimum=None, optional=True),
 }
@@ -50,6 +54,7 @@ class LearnedKernel(keras.layers.Layer):
         redraw,
         decay,
         near_field,
+        rotary_max_wavelength,
         spectral_pace,
         seed,
         **kwargs,
@@ -61,6 +66,7 @@ class LearnedKernel(keras.layers.Layer):
             redraw=redraw,
             decay=decay,
             near_field=near_field,
+            rotary_max_wavelength=rotary_max_wavelength,
             spectral_pace=spectral_pace,
             seed=seed,
         )
@@ -188,16 +194,19 @@ class LearnedKernel(keras.layers.Layer):
         self._spectral_prior = prior
         self.num_features = prior.num_frequencies * self._feature_map.sides
 
-    def scaled(self, query, key):
+    def scaled(self, query, key, key_mask=None):
         """Heads as the kernel takes them: scaled, or normalized by `qk_norm`.
 
         Args:
             query: `(batch, query_length, heads, key_dim)`.
             key: `(batch, key_length, heads, key_dim)`.
+            key_mask: `(batch, key_length)` boolean, by which rotary positions
+                count. Defaults to `None`: keys are visible.
 
         Returns:
             Both, float32. Weights of keys are the kernel of these.
         """
+        query, key = self.rotated(query, key, key_mask)
         query, key, scale = self._normalized(query, key)
         return scale * query, scale * key
 
@@ -220,16 +229,31 @@ class LearnedKernel(keras.layers.Layer):
         """
         return self.feature_map.exact_kernel(self.spectral_prior)
 
+    def rotated(self, query, key, key_mask=None, start=None):
+        """Float32 heads, turned if the layer has rotary positions.
+
+        Args:
+            query, key, key_mask: as in `scaled`.
+            start: `(batch,)`, places of the first tokens; or `None`: 0.
+        """
+        heads = [tf.cast(x, tf.float32) for x in (query, key)]
+        wavelength = self.rotary_max_wavelength
+        if wavelength is None:
+            return heads
+        return rotary.rotate(*heads, wavelength, key_mask=key_mask, start=start)
+
     def _normalized(self, query, key):
-        """Float32 heads, and the factor of both that `scaled` applies."""
-        query = tf.cast(query, tf.float32)
-        key = tf.cast(key, tf.float32)
+        """Heads, and the factor of both that `scaled` applies."""
         if self.unit_norm is not None:
             return self.unit_norm(query), self.unit_norm(key), 1.0
         return query, key, self.key_dim**-0.25
 
     def kernel_inputs(self, query, key, training=False):
         """What `ops.attend` takes: heads, and the bound map that scales them.
+
+        Args:
+            query, key: float32, as `rotated` gives them.
+            training: whether to redraw.
 
         Returns:
             Float32 queries and keys, the map, and a `NearField` or `None`.
@@ -284,6 +308,7 @@ class LearnedKernel(keras.layers.Layer):
             "redraw": self.redraw,
             "decay": self.decay,
             "near_field": self.near_field,
+            "rotary_max_wavelength": self.rotary_max_wavelength,
             "spectral_pace": self.spectral_pace,
             "seed": self.seed,
         }

@@ -29,6 +29,7 @@ class Kernelized:
     implementation = _of_heads("implementation", "As given.")
     decay = _of_heads("decay", "As given.")
     near_field = _of_heads("near_field", "As given.")
+    rotary_max_wavelength = _of_heads("rotary_max_wavelength", "As given.")
     spectral_pace = _of_heads("spectral_pace", "As given.")
     spectral_prior = _of_heads(
         "spectral_prior", "The built prior; before `build`, the recipe."
@@ -57,17 +58,17 @@ class Kernelized:
             batch_size: number of streams, an integer or a scalar tensor.
 
         Returns:
-            `AttentionState` of float32 tensors, or `NearFieldState`. Needs no
-            built layer.
+            `AttentionState` of float32 tensors, or `NearFieldState`; in a
+            `RotaryState` if there are rotary positions. Needs no built layer.
         """
         return self.heads_attention().initial_state(batch_size)
 
-    def scaled(self, query, key):
+    def scaled(self, query, key, key_mask=None):
         """Projected heads as the kernel takes them, float32.
 
         As `LinearAttention.scaled`.
         """
-        return self.heads_attention().scaled(query, key)
+        return self.heads_attention().scaled(query, key, key_mask)
 
     def bound(self):
         """The feature map of the stored draw, a function of `scaled` heads.

@@ -10,7 +10,7 @@ import warnings
 import keras
 import tensorflow as tf
 
-from keras_kt import _checks, ops
+from keras_kt import _checks
 from keras_kt.layers import kernel, route
 from keras_kt.layers.axes import (
     Folding,
@@ -18,10 +18,9 @@ from keras_kt.layers.axes import (
     check_heads,
     mask_of,
     select_heads,
-    select_rows,
     shared_mask,
 )
-from keras_kt.ops import states
+from keras_kt.layers.stream import HeadStream
 
 _COUNT = functools.partial(_checks.integer, optional=True)
 # As in `kernel`, whose arguments are among them.
@@ -38,7 +37,7 @@ ARGUMENTS = {
 
 
 @keras.saving.register_keras_serializable(package="keras_kt")
-class LinearAttention(kernel.LearnedKernel):
+class LinearAttention(HeadStream, kernel.LearnedKernel):
     """Attention of projected heads with a learned kernel, in linear time.
 
     Weights of keys are k(q, k) / Σ k(q, ·) with k(x, y) = E[φ_ω(x)·φ_ω(y)], ω
@@ -83,6 +82,12 @@ class LinearAttention(kernel.LearnedKernel):
         near_field: keys less than so many visible tokens from the query weigh
             by the kernel in closed form, those beyond by features. Needs
             positive features of a normal or mixture prior. Defaults to `None`.
+        rotary_max_wavelength: queries and keys are turned by their places, as
+            by KerasHub's `RotaryEmbedding` of this `max_wavelength` (10000 in
+            most models), before anything else. A key's place is the number of
+            visible keys before it, so padding takes none; query t stands where
+            key t does, in attention to another sequence too. Needs an even
+            `key_dim`. Defaults to `None`: no positions.
         spectral_pace: how many times as fast as other weights the kernel's own
             move (those of prior and feature map, and the temperature): their
             variables are values divided by it. Defaults to 4.
@@ -132,6 +137,7 @@ class LinearAttention(kernel.LearnedKernel):
         implementation="auto",
         decay=None,
         near_field=None,
+        rotary_max_wavelength=None,
         spectral_pace=4.0,
         seed=None,
         **kwargs,
@@ -144,6 +150,7 @@ class LinearAttention(kernel.LearnedKernel):
             redraw=redraw,
             decay=decay,
             near_field=near_field,
+            rotary_max_wavelength=rotary_max_wavelength,
             spectral_pace=spectral_pace,
             seed=seed,
             **kwargs,
@@ -166,6 +173,12 @@ class LinearAttention(kernel.LearnedKernel):
                 "`num_heads` must be a multiple of `num_key_value_heads`, so "
                 "that as many query heads share each. Received: "
                 f"{num_heads=}, {num_key_value_heads=}"
+            )
+        if self.rotary_max_wavelength and self.key_dim % 2:
+            raise ValueError(
+                "`key_dim`, the size of a head, must be even where "
+                "`rotary_max_wavelength` turns its halves as pairs. Received: "
+                f"{key_dim=}, {rotary_max_wavelength=}"
             )
         self.frequency_count()
         self._warned_of_dense_mask = False
@@ -258,6 +271,7 @@ class LinearAttention(kernel.LearnedKernel):
             query, key, attention_mask is not None, return_attention_scores
         )
         decay = self.rates(key, decay)
+        query, key = self.rotated(query, key, key_mask)
         query, key, feature_map, near = self.kernel_inputs(query, key, training)
         return route.attend(
             query,
@@ -285,95 +299,6 @@ class LinearAttention(kernel.LearnedKernel):
             warnings.warn(route.DENSE_MASK_WARNING, stacklevel=2)
         is_auto = self.implementation == "auto"
         return needs_matrix or (is_auto and route.is_short(query, key))
-
-    def initial_state(self, batch_size):
-        """The state of a causal stream that has seen nothing.
-
-        Args:
-            batch_size: number of streams, an integer or a scalar tensor.
-
-        Returns:
-            `AttentionState` of float32 tensors, or `NearFieldState`. Needs no
-            built layer.
-        """
-        if self.near_field:
-            return states.initial_near_field_state(
-                batch_size, *self._state_sizes()
-            )
-        return states.initial_state(batch_size, *self._state_sizes())
-
-    @property
-    def state_shapes(self):
-        """Shapes of the state's tensors, as a state; `None` for the batch."""
-        if self.near_field:
-            return states.near_field_state_shapes(*self._state_sizes())
-        return states.state_shapes(*self._state_sizes())
-
-    def _state_sizes(self):
-        near = (self.key_dim, self.near_field) if self.near_field else ()
-        return self.num_key_value_heads, self.feature_dim, self.value_dim, *near
-
-    def step(
-        self,
-        query,
-        key,
-        value,
-        state,
-        key_mask=None,
-        query_mask=None,
-        decay=None,
-    ):
-        """Causal attention of new tokens on a state: prefill and decode.
-
-        Equals `call(..., use_causal_mask=True)` on the whole sequence, however
-        it is cut. The stored draw is used.
-
-        Args:
-            query, key, value, decay: as in the call, of as many new tokens, at
-                least one.
-            state: `AttentionState` from `initial_state` or an earlier `step`;
-                or its arrays, NumPy's too, in a tuple, a list or a dict.
-            key_mask: `(batch, new_tokens)` boolean; masked tokens leave the
-                state as it is, and take no place.
-            query_mask: likewise; masked queries get zeros.
-
-        Returns:
-            `(batch, new_tokens, num_heads, value_dim)`, which carries the
-            query's mask, and the new state.
-        """
-        query_mask = mask_of(query, query_mask)
-        key_mask = both(mask_of(key, key_mask), mask_of(value))
-        query, key, value = (
-            tf.convert_to_tensor(x, self.compute_dtype)
-            if not tf.is_tensor(x)
-            else x
-            for x in (query, key, value)
-        )
-        if not self.built:
-            self.build(query.shape, key.shape, value.shape)
-        self._check_heads(query.shape, key.shape, value.shape)
-        route.check_step(query, key, value)
-        state = route.restore(state, self.state_shapes, query)
-        query_mask, query = select_heads("query_mask", query_mask, query)
-        key_mask, key, value = select_heads("key_mask", key_mask, key, value)
-        decay = self.rates(key, decay)
-        query, key, feature_map, near = self.kernel_inputs(query, key)
-        output, state = ops.attend(
-            query,
-            key,
-            tf.cast(value, tf.float32),
-            feature_map,
-            causal=True,
-            key_mask=key_mask,
-            decay=decay,
-            near=near,
-            state=state,
-        )
-        output = tf.cast(output, self.compute_dtype)
-        if query_mask is not None:
-            output = select_rows(output, query_mask[:, :, tf.newaxis])
-            output._keras_mask = query_mask
-        return output, state
 
     def compute_output_shape(self, query_shape, key_shape, value_shape):
         self._check_heads(query_shape, key_shape, value_shape)

@@ -45,6 +45,19 @@ class NearFieldState(NamedTuple):
     keep: tf.Tensor
 
 
+class RotaryState(NamedTuple):
+    """State of a causal stream whose tokens have rotary positions.
+
+    Attributes:
+        attention: `AttentionState` or `NearFieldState` of its attention.
+        position: `(batch,)`, the place of the next token: how many were seen.
+            Float32, as all of a state; it counts up to 2²⁴ of them.
+    """
+
+    attention: AttentionState | NearFieldState
+    position: tf.Tensor
+
+
 def initial_state(
     batch_size, num_heads: int, feature_dim: int, value_dim: int
 ) -> AttentionState:
