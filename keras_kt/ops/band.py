@@ -1,9 +1,10 @@
 """The band of the attention matrix near its diagonal, block by block.
 
 A block of queries attends to its own keys and to the last ones before it by an
-explicit matrix; a ring of these goes from block to block. By a kernel in closed
-form, or by features. O(length · window) time; in memory is one block, for the
-gradient too, which finds each ring again in the keys.
+explicit matrix; a ring of these, as the kernel takes them, goes from block to
+block. The kernel is known in closed form, or estimated by features.
+O(length · window) time; in memory is one block, for the gradient too, which
+finds each ring again in the keys.
 """
 
 from typing import NamedTuple
@@ -48,8 +49,11 @@ def attend(
     fades = decay is not None
     if past is None:
         past = _nothing(key, value, window)
-    ring = [swap_heads(x) for x in past[: 2 + fades]]
-    ring.append(past[3][:, tf.newaxis, :, tf.newaxis])
+    rule, weigh, otherwise = kernel, _by_kernel, None
+    if kernel is None:
+        rule, weigh = feature_map, _by_signed_features
+    if kernel is None and feature_map.positive:
+        weigh, otherwise = _by_features, _by_features_exactly
     inputs = [heads.share(query, repeats), key, value]
     if fades:
         inputs.append(decay)
@@ -63,25 +67,47 @@ def attend(
 
         return block
 
-    weigh, otherwise = _of_kernel, None
-    if kernel is None and not feature_map.positive:
-        weigh = _of_signed_features
-    elif kernel is None:
-        weigh, otherwise = _of_features, with_weights(_of_features_exactly)
-    sums, ring = scan(
+    key_ring, *ring = [swap_heads(x) for x in past[: 2 + fades]]
+    ring.append(past[3][:, tf.newaxis, :, tf.newaxis])
+    order = None
+    if key_mask is not None:
+        order = visible_tokens.visible_order(key_mask)
+    sums, _ = scan(
         with_weights(weigh),
         inputs,
         of_tokens,
         results=2,
-        carry=ring,
-        constants=feature_map if kernel is None else kernel,
-        otherwise=otherwise,
-        recall=_Recall(of_tokens, key_mask, window),
+        carry=[rule.keys(key_ring), *ring],
+        constants=rule,
+        otherwise=otherwise and with_weights(otherwise),
+        recall=_Recall(of_tokens, order, window, rule),
     )
     sums = scaling.Sums(*(heads.unshare(x, repeats) for x in sums))
-    *ring, keep = ring
-    ring = [swap_heads(x) for x in ring]
-    return sums, [*ring, *past[len(ring) : 3], keep[:, 0, :, 0]]
+    return sums, _last(past, key, value, decay, order, window)
+
+
+def _last(past, key, value, decay, order, window):
+    """Key, value, decay and keep of the last visible tokens."""
+    if decay is None:
+        decay = tf.zeros_like(key[..., :1])
+    tokens = [key, value, decay, tf.ones(tf.shape(key)[:2])]
+    if order is None:
+        # No more than these of a long sequence.
+        tokens = [x[:, -window:] for x in tokens]
+        line = [tf.concat(x, 1) for x in zip(past, tokens, strict=True)]
+        return [x[:, size_of(x, 1) - window :] for x in line]
+    slots = order.count[:, -1:] + tf.range(window)
+    places = visible_tokens.take(order.order, slots - window)
+
+    def pick(old, new):
+        old = visible_tokens.take(old, slots)
+        new = visible_tokens.take(new, places)
+        is_old = tf.reshape(
+            slots < window, (-1, window, *[1] * (old.shape.rank - 2))
+        )
+        return tf.where(is_old, old, new)
+
+    return [pick(*x) for x in zip(past, tokens, strict=True)]
 
 
 def _nothing(key, value, window):
@@ -108,19 +134,21 @@ class _Rows(NamedTuple):
         """`Sums` of the rows, the ring after them, and whether it is exact.
 
         Args:
-            weigh: function of rule, queries, keys, which pairs are seen, and
-                the logarithm of what fading leaves; it gives weights, their
-                scale or count as in `Sums`, and whether it is exact.
-            rule: what it weighs by.
+            weigh: function of what the rule makes of queries and keys, of which
+                pairs are seen, and of the logarithm of what fading leaves; it
+                gives weights, their scale or count as in `Sums`, and whether it
+                is exact.
+            rule: an `ExactKernel` or a bound feature map.
             tokens: query, key, value and, if any, decay, heads first.
             keep: `(group, 1, block, 1)` or `None`.
-            ring: key, value and, if any, decay of the tokens before, and
-                `(group, 1, window, 1)`, 1 where they are seen.
+            ring: what the rule makes of the keys before, their value and, if
+                any, decay, and `(group, 1, window, 1)`, 1 where they are seen.
         """
         query, *tokens = tokens
         if keep is not None:
             tokens = [tf.where(keep, x, 0.0) for x in tokens]
-        kept = tf.ones_like(tokens[0][:, :1, :, :1])
+        tokens[0] = rule.keys(tokens[0])
+        kept = tf.ones_like(tokens[1][:, :1, :, :1])
         if keep is not None:
             kept = tf.cast(keep, tf.float32)
         line = [
@@ -133,11 +161,11 @@ class _Rows(NamedTuple):
         if len(tokens) > 2:
             log_fading = self._log_fading(ring[2], tokens[2])
             log_fading = tf.where(seen, log_fading, 0.0)
-        query = heads.split_rows(query, self.repeats)
-        weights, scale, exact = weigh(rule, query, line[0], seen, log_fading)
+        query = rule.queries(heads.split_rows(query, self.repeats))
+        weights, scale, exact = weigh(query, line[0], seen, log_fading)
         values = tf.matmul(weights, scaling.with_ones(line[1], None))
         sums = scaling.Sums(values, scale)
-        return sums, self._last(line, keep, count), exact
+        return sums, self._after(line, keep, count), exact
 
     def _seen(self, count, kept):
         """Which keys of the line are seen: `(group, 1, row, key)`."""
@@ -163,8 +191,8 @@ class _Rows(NamedTuple):
         of_rows = repeat_rows(elapsed, self.repeats, axis=2)
         return tf.linalg.matrix_transpose(of_keys) - of_rows
 
-    def _last(self, line, keep, count):
-        """The last visible tokens of a line."""
+    def _after(self, line, keep, count):
+        """The ring after a line: its last visible tokens."""
         if keep is None:
             return [x[:, :, size_of(x, 2) - self.window :] for x in line]
         order = visible_tokens.visible_order(keep[:, 0, :, 0]).order
@@ -180,14 +208,14 @@ class _Recall:
 
     Args:
         of_tokens: the `Blocks`.
-        key_mask, window: as in `attend`.
+        order: the `VisibleOrder`, or `None`.
+        window, rule: as in `_Rows`.
     """
 
-    def __init__(self, of_tokens, key_mask, window):
-        self.blocks, self.window = of_tokens, window
+    def __init__(self, of_tokens, order, window, rule):
+        self.blocks, self.window, self.rule = of_tokens, window, rule
         self.count = self.order = None
-        if key_mask is not None:
-            order = visible_tokens.visible_order(key_mask)
+        if order is not None:
             self.count = of_tokens.pad(order.count)
             self.order = of_tokens.pad(order.order)
 
@@ -209,36 +237,38 @@ class _Recall:
             index = tf.stack([rows, place_of], axis=-1)
         # From the ring that went into the first block.
         old = tf.clip_by_value(place + self.window, 0, self.window - 1)
-        *tokens, keep = (tf.gather(x, old, axis=2, batch_dims=1) for x in start)
-        is_new = is_new[:, tf.newaxis, :, tf.newaxis]
-        new = [swap_heads(tf.gather_nd(x, index)) for x in inputs[1:]]
-        tokens = [
-            tf.where(is_new, *pair) for pair in zip(new, tokens, strict=True)
-        ]
-        return [*tokens, tf.where(is_new, 1.0, keep)]
+        start = [tf.gather(x, old, axis=2, batch_dims=1) for x in start]
+        key, *new = (swap_heads(tf.gather_nd(x, index)) for x in inputs[1:])
+        new = [self.rule.keys(key), *new, tf.ones_like(start[-1])]
+
+        def choose(new, old):
+            shape = size, 1, self.window, *[1] * (new.shape.rank - 3)
+            return tf.where(tf.reshape(is_new, shape), new, old)
+
+        return [choose(*pair) for pair in zip(new, start, strict=True)]
 
 
-# Rules: what keys of a line weigh for the rows of a block.
+# What keys of a line weigh for the rows of a block.
 
 
-def _of_kernel(kernel, query, key, seen, log_fading):
-    """Weights by a kernel in closed form."""
-    exponents = logits.of_kernel(kernel, query, key)
-    return *_of_logits(exponents, seen, log_fading), True
+def _by_kernel(query, key, seen, log_fading):
+    """By a kernel in closed form."""
+    return *_of_logits(logits.of_kernel(query, key), seen, log_fading), True
 
 
 def _of_logits(exponents, seen, log_fading):
-    if log_fading is not None:
-        exponents += log_fading
-    exponents = tf.where(seen, exponents, scaling.FLOOR)
-    scale = scaling.row_maximum(exponents)
-    return tf.where(seen, tf.exp(exponents - scale), 0.0), scale
+    # Added, since TensorFlow selects slowly where it broadcasts; nothing is
+    # left of an exponent beside the floor.
+    floor = tf.where(seen, 0.0, scaling.FLOOR)
+    exponents += floor if log_fading is None else log_fading + floor
+    # Rows that see nothing have a scale, too, on which their weights are zero.
+    scale = tf.maximum(scaling.row_maximum(exponents), 0.5 * scaling.FLOOR)
+    return tf.exp(exponents - scale), scale
 
 
-def _of_features(feature_map, query, key, seen, log_fading):
-    """Weights by positive features, exponentiated on one scale for each."""
-    query, key = feature_map.queries(query), feature_map.keys(key)
-    # Of what any row sees, as keys of the ring that are not there.
+def _by_features(query, key, seen, log_fading):
+    """By positive features, on one scale for each."""
+    # Of what any row sees: keys of the ring may be none.
     any_row = tf.reduce_any(seen, axis=2)[..., tf.newaxis]
     key = tf.where(any_row, key, scaling.FLOOR)
     maximum = scaling.maximum_of(key)
@@ -252,16 +282,13 @@ def _of_features(feature_map, query, key, seen, log_fading):
     return weights, scale, scaling.is_exact(total, sees)
 
 
-def _of_features_exactly(feature_map, query, key, seen, log_fading):
-    """`_of_features` for log-features of any range, pair by pair."""
-    query, key = feature_map.queries(query), feature_map.keys(key)
-    exponents = logits.of_features(query, key)
-    return *_of_logits(exponents, seen, log_fading), True
+def _by_features_exactly(query, key, seen, log_fading):
+    """By positive features of any range, pair by pair."""
+    return *_of_logits(logits.of_features(query, key), seen, log_fading), True
 
 
-def _of_signed_features(feature_map, query, key, seen, log_fading):
-    """Weights by signed features, and the number of keys that are seen."""
-    query, key = feature_map.queries(query), feature_map.keys(key)
+def _by_signed_features(query, key, seen, log_fading):
+    """By signed features, with the number of keys that are seen."""
     shares = tf.cast(seen, tf.float32)
     if log_fading is not None:
         shares *= tf.exp(log_fading)

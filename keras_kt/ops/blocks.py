@@ -135,7 +135,7 @@ def of_band(query, window, mask):
         entries, limit = ACCELERATOR_BAND_ENTRIES, max(window, 256)
         limit = min(limit, 1024)
     else:
-        entries, limit = CPU_BAND_ENTRIES, max(window // 4, CHUNK_SIZE)
+        entries, limit = CPU_BAND_ENTRIES, max(window // 2, CHUNK_SIZE)
         limit = min(limit, 256)
     batch, length = size_of(query, 0), size_of(query, 1)
     longest = limit

@@ -11,14 +11,12 @@ from keras_kt.ops.heads import size_of, swap_heads
 from keras_kt.ops.scan import scan
 
 
-def of_kernel(kernel, query, key):
-    """Logarithms of an `ExactKernel`.
+def of_kernel(query, key):
+    """log Σ_c exp(query_tc·key_sc) of an `ExactKernel`.
 
     Args:
-        kernel: the `ExactKernel`.
-        query, key: `(batch, heads, length, head_dim)`.
+        query, key: `(batch, heads, length, components, dim)`, from it.
     """
-    query, key = kernel.queries(query), kernel.keys(key)
     if query.shape[3] == 1:
         return precise_product(
             query[:, :, :, 0], tf.linalg.matrix_transpose(key[:, :, :, 0])

@@ -51,7 +51,10 @@ def attend(
             visible &= is_near
     if near is not None and near.kernel is not None:
         kept_key = key if keep is None else tf.where(keep, key, 0.0)
-        exact = logits.of_kernel(near.kernel, query, kept_key) + log_fading
+        exact = logits.of_kernel(
+            near.kernel.queries(query), near.kernel.keys(kept_key)
+        )
+        exact += log_fading
         exact = tf.where(is_near & visible, exact, FLOOR)
     # The kernel of a near field leaves out the same factor of each query.
     features = (
