@@ -24,7 +24,12 @@ from keras_kt.layers.transformer import (
     KernelizedTransformerDecoder,
     KernelizedTransformerEncoder,
 )
-from keras_kt.ops.states import AttentionState, NearFieldState, RotaryState
+from keras_kt.ops.states import (
+    AttentionState,
+    NearFieldState,
+    RotaryState,
+    WindowState,
+)
 from keras_kt.priors import (
     DistributionPrior,
     EmpiricalPrior,
@@ -61,6 +66,7 @@ __all__ = [
     "RotaryState",
     "SpectralPrior",
     "TrigonometricFeatures",
+    "WindowState",
     "conversion",
     "convert_attention",
     "diagnostics",

@@ -29,6 +29,7 @@ class Kernelized:
     implementation = _of_heads("implementation", "As given.")
     decay = _of_heads("decay", "As given.")
     near_field = _of_heads("near_field", "As given.")
+    sliding_window = _of_heads("sliding_window", "As given.")
     rotary_max_wavelength = _of_heads("rotary_max_wavelength", "As given.")
     spectral_pace = _of_heads("spectral_pace", "As given.")
     spectral_prior = _of_heads(
@@ -58,8 +59,9 @@ class Kernelized:
             batch_size: number of streams, an integer or a scalar tensor.
 
         Returns:
-            `AttentionState` of float32 tensors, or `NearFieldState`; in a
-            `RotaryState` if there are rotary positions. Needs no built layer.
+            `AttentionState`, `NearFieldState` or `WindowState` of float32
+            tensors; in a `RotaryState` if there are rotary positions. Needs no
+            built layer.
         """
         return self.heads_attention().initial_state(batch_size)
 

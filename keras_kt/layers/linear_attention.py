@@ -82,6 +82,10 @@ class LinearAttention(HeadStream, kernel.LearnedKernel):
         near_field: keys less than so many visible tokens from the query weigh
             by the kernel in closed form, those beyond by features. Needs
             positive features of a normal or mixture prior. Defaults to `None`.
+        sliding_window: only keys less than so many visible tokens from the
+            query are seen, in O(length · window) time. They weigh by the kernel
+            in closed form where a `near_field` could, else by features. Lengths
+            must be equal. Defaults to `None`, keys at any distance.
         rotary_max_wavelength: queries and keys are turned by their places, as
             by KerasHub's `RotaryEmbedding` of this `max_wavelength` (10000 in
             most models), before anything else. A key's place is the number of
@@ -137,6 +141,7 @@ class LinearAttention(HeadStream, kernel.LearnedKernel):
         implementation="auto",
         decay=None,
         near_field=None,
+        sliding_window=None,
         rotary_max_wavelength=None,
         spectral_pace=4.0,
         seed=None,
@@ -150,6 +155,7 @@ class LinearAttention(HeadStream, kernel.LearnedKernel):
             redraw=redraw,
             decay=decay,
             near_field=near_field,
+            sliding_window=sliding_window,
             rotary_max_wavelength=rotary_max_wavelength,
             spectral_pace=spectral_pace,
             seed=seed,
@@ -267,6 +273,8 @@ class LinearAttention(HeadStream, kernel.LearnedKernel):
         Returns:
             Float32 outputs, and the attention weights or `None`.
         """
+        if self.sliding_window:
+            route.check_window(query, key, self.sliding_window)
         forms_matrix = self._forms_matrix(
             query, key, attention_mask is not None, return_attention_scores
         )

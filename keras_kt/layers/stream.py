@@ -18,33 +18,21 @@ class HeadStream:
             batch_size: number of streams, an integer or a scalar tensor.
 
         Returns:
-            `AttentionState` of float32 tensors, or `NearFieldState`; in a
-            `RotaryState` if there are rotary positions. Needs no built layer.
+            `AttentionState`, `NearFieldState` or `WindowState` of float32
+            tensors; in a `RotaryState` if there are rotary positions. Needs no
+            built layer.
         """
-        sizes = self._state_sizes()
-        if self.near_field:
-            state = states.initial_near_field_state(batch_size, *sizes)
-        else:
-            state = states.initial_state(batch_size, *sizes)
-        if self.rotary_max_wavelength is None:
-            return state
-        return states.RotaryState(state, tf.zeros((batch_size,)))
+        return states.initial(self.state_shapes, batch_size)
 
     @property
     def state_shapes(self):
         """Shapes of the state's tensors, as a state; `None` for the batch."""
-        sizes = self._state_sizes()
-        if self.near_field:
-            shapes = states.near_field_state_shapes(*sizes)
-        else:
-            shapes = states.state_shapes(*sizes)
+        sizes = self.num_key_value_heads, self.feature_dim, self.value_dim
+        windows = self.near_field, self.sliding_window
+        shapes = states.shapes(*sizes, self.key_dim, *windows)
         if self.rotary_max_wavelength is None:
             return shapes
         return states.RotaryState(shapes, (None,))
-
-    def _state_sizes(self):
-        near = (self.key_dim, self.near_field) if self.near_field else ()
-        return self.num_key_value_heads, self.feature_dim, self.value_dim, *near
 
     def step(
         self,

@@ -8,9 +8,14 @@ import inspect
 
 import tensorflow as tf
 
-from keras_kt.ops.states import AttentionState, NearFieldState, RotaryState
+from keras_kt.ops.states import (
+    AttentionState,
+    NearFieldState,
+    RotaryState,
+    WindowState,
+)
 
-_STATES = AttentionState, NearFieldState, RotaryState
+_STATES = AttentionState, NearFieldState, WindowState, RotaryState
 # Arguments of a model's `step` that are a mask of the tokens.
 _MASKS = "mask", "padding_mask", "decoder_padding_mask", "value_mask"
 

@@ -134,7 +134,8 @@ def initial_state(key, value, bound, near):
     sizes = batch, heads, bound.width, value.shape[-1]
     if near is None:
         return states.initial_state(*sizes)
-    return states.initial_near_field_state(*sizes, dim, near.window)
+    shapes = states.near_field_state_shapes(*sizes[1:], dim, near.window)
+    return states.initial(shapes, batch)
 
 
 def in_steps(query, key, value, bound, *, near=None, cuts=None, **rest):
