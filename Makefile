@@ -26,12 +26,13 @@ test-all: install
 	$(VENV)/bin/python -m pytest -n $(JOBS) -m slow $(HEAVY)
 	$(MAKE) conformance
 
-# Keras's own tests of MultiHeadAttention, with KernelizedAttention in its place.
+# Keras's own tests of attention layers, with ours in their place.
 conformance: install
 	for route in linear quadratic auto; do \
 	  KERAS_KT_ROUTE=$$route $(VENV)/bin/python -m pytest -q -n $(JOBS) -c tests/conformance.ini \
 	    --rootdir tests -p conformance_plugin --pyargs \
-	    keras.src.layers.attention.multi_head_attention_test || exit 1; \
+	    keras.src.layers.attention.multi_head_attention_test \
+	    keras.src.layers.attention.grouped_query_attention_test || exit 1; \
 	done
 
 lint: install

@@ -18,6 +18,7 @@ from keras_kt.features import (
 )
 from keras_kt.generation import generate
 from keras_kt.layers.attention import KernelizedAttention
+from keras_kt.layers.grouped_query import KernelizedGroupedQueryAttention
 from keras_kt.layers.linear_attention import LinearAttention
 from keras_kt.layers.transformer import (
     DecoderState,
@@ -56,6 +57,7 @@ __all__ = [
     "Frequencies",
     "GeneratorPrior",
     "KernelizedAttention",
+    "KernelizedGroupedQueryAttention",
     "KernelizedTransformerDecoder",
     "KernelizedTransformerEncoder",
     "LinearAttention",

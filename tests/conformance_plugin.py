@@ -1,15 +1,16 @@
-"""Runs Keras's own MultiHeadAttention tests on KernelizedAttention.
+"""Runs Keras's own tests of attention layers on ours.
 
-`make conformance` runs the test file that the Keras wheel ships, unmodified,
+`make conformance` runs the test files that the Keras wheel ships, unmodified,
 with this plugin: it puts KernelizedAttention, with one route forced, in the
-place of `MultiHeadAttention`, and adds the spectral weights to the counts that
-the layer contract expects. Every case that is left out is named with its
-reason.
+place of `MultiHeadAttention`, and KernelizedGroupedQueryAttention in that of
+`GroupQueryAttention`, and adds the spectral weights to the counts that the
+layer contract expects. Every case that is left out is named with its reason.
 """
 
 import os
 import re
 
+import keras
 import numpy as np
 import pytest
 from keras.src import layers, testing
@@ -46,12 +47,13 @@ NEEDS_THE_MATRIX = {
         "test_masking_with_different_shapes",
         "test_sliding_window",
         r"test_symbolic_return_attention_scores\d",
+        "test_symbolic_shape_with_return_attention_scores",
     )
 }
 
 
-class Swapped(keras_kt.KernelizedAttention):
-    """KernelizedAttention as the Keras tests build and fill it."""
+class Swapped:
+    """One of our layers as the Keras tests build and fill it."""
 
     def __init__(self, *args, **kwargs):
         kwargs.setdefault("implementation", ROUTE)
@@ -62,18 +64,31 @@ class Swapped(keras_kt.KernelizedAttention):
         super().__init__(*args, **kwargs)
 
     def set_weights(self, weights):
-        # `test_correctness` sets MultiHeadAttention's eight arrays.
+        # `test_correctness` sets the eight arrays of Keras's layer.
         own = self.get_weights()
         super().set_weights([*weights, *own[len(weights) :]])
 
 
-def pytest_configure(config):
-    # The tests look classes up by their module path when they deserialise.
-    Swapped.__name__ = Swapped.__qualname__ = "MultiHeadAttention"
-    import keras
+class MultiHeadAttention(Swapped, keras_kt.KernelizedAttention):
+    """In the place of Keras's."""
 
-    keras.saving.register_keras_serializable("conformance")(Swapped)
-    layers.MultiHeadAttention = Swapped
+
+class GroupedQueryAttention(Swapped, keras_kt.KernelizedGroupedQueryAttention):
+    """In the place of Keras's."""
+
+    def _compute_attention(self, query, key, value, **kwargs):
+        # Keras repeats heads of keys and values first, and a test that calls
+        # this itself has so many; ours takes those that there are.
+        repeats = key.shape[2] // self.num_key_value_heads
+        key, value = (x[:, :, ::repeats] for x in (key, value))
+        return super()._compute_attention(query, key, value, **kwargs)
+
+
+def pytest_configure(config):
+    for swapped in (MultiHeadAttention, GroupedQueryAttention):
+        # The tests look classes up by their module path when they deserialise.
+        keras.saving.register_keras_serializable("conformance")(swapped)
+        setattr(layers, swapped.__name__, swapped)
     plain = testing.TestCase.run_layer_test
 
     def run_layer_test(self, layer_cls, init_kwargs, input_shape, **kwargs):

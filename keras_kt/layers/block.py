@@ -7,6 +7,7 @@ import keras
 from keras_kt import _checks
 from keras_kt.layers import linear_attention, projections
 from keras_kt.layers.attention import KernelizedAttention
+from keras_kt.layers.grouped_query import KernelizedGroupedQueryAttention
 from keras_kt.layers.local_context import LocalContext
 
 # Whatever the layer takes, a block takes.
@@ -40,6 +41,7 @@ class TransformerBlock(keras.layers.Layer):
         normalize_first=False,
         *,
         key_dim=None,
+        num_key_value_heads=None,
         local_context=None,
         **kwargs,
     ):
@@ -64,6 +66,9 @@ class TransformerBlock(keras.layers.Layer):
             "normalize_first", normalize_first
         )
         self.key_dim = _checks.integer("key_dim", key_dim, optional=True)
+        self.num_key_value_heads = _checks.integer(
+            "num_key_value_heads", num_key_value_heads, optional=True
+        )
         self.local_context = _checks.integer(
             "local_context", local_context, optional=True
         )
@@ -88,9 +93,12 @@ class TransformerBlock(keras.layers.Layer):
         if name == "cross_attention":
             # Tokens of two sequences have no distance.
             options.pop("rotary_max_wavelength", None)
-        return KernelizedAttention(
-            self.num_heads,
-            key_dim,
+        kind, sizes = KernelizedAttention, (self.num_heads, key_dim)
+        if self.num_key_value_heads is not None:
+            kind = KernelizedGroupedQueryAttention
+            sizes = key_dim, self.num_heads, self.num_key_value_heads
+        return kind(
+            *sizes,
             dropout=self.dropout,
             kernel_initializer=_fresh(self.kernel_initializer),
             bias_initializer=_fresh(self.bias_initializer),
@@ -190,6 +198,7 @@ class TransformerBlock(keras.layers.Layer):
             "bias_initializer": serialize(self.bias_initializer),
             "normalize_first": self.normalize_first,
             "key_dim": self.key_dim,
+            "num_key_value_heads": self.num_key_value_heads,
             "local_context": self.local_context,
             **{
                 name: serialize(value)

@@ -28,7 +28,7 @@ class ProjectedAttention(keras.layers.Layer):
     """Base of layers that project tokens to heads, and heads to tokens.
 
     Weights and their order are `MultiHeadAttention`'s. A subclass has
-    `num_heads`, `key_dim`, `value_dim` and `seed`.
+    `num_heads`, `num_key_value_heads`, `key_dim`, `value_dim` and `seed`.
     """
 
     def __init__(
@@ -94,15 +94,19 @@ class ProjectedAttention(keras.layers.Layer):
         check_shapes(query_shape, value_shape, key_shape)
         rank = len(query_shape)
         self._attention_axes = resolve_axes(self._given_axes, rank)
-        heads_in = (self.num_heads, self.key_dim)
         heads_out = (self.num_heads, self.value_dim)
-        self._query_dense = self._project("query", query_shape, heads_in)
-        self._key_dense = self._project("key", key_shape, heads_in)
+        few = self.num_key_value_heads
+        self._query_dense = self._project(
+            "query", query_shape, (self.num_heads, self.key_dim)
+        )
+        self._key_dense = self._project("key", key_shape, (few, self.key_dim))
         if self.use_gate:
             self._gate_dense = self._project(
                 "gate", query_shape, heads_out, activation="sigmoid"
             )
-        self._value_dense = self._project("value", value_shape, heads_out)
+        self._value_dense = self._project(
+            "value", value_shape, (few, self.value_dim)
+        )
         self._dropout_layer = keras.layers.Dropout(
             self.dropout, dtype=self.dtype_policy, seed=self.seed
         )

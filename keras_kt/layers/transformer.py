@@ -1,4 +1,4 @@
-"""Transformer blocks around `KernelizedAttention`, encoder and decoder.
+"""Transformer blocks around kernelized attention, encoder and decoder.
 
 Arguments have the names that KerasHub's `TransformerEncoder` and
 `TransformerDecoder` give them; the keyword-only arguments of
@@ -47,6 +47,9 @@ class KernelizedTransformerEncoder(TransformerBlock):
             instead of the sum. Defaults to `False`, as in KerasHub.
         key_dim: size of queries and keys per head. Defaults to `None`, which
             means width / `num_heads`.
+        num_key_value_heads: number of heads of key and value, which as many
+            query heads share each (`KernelizedGroupedQueryAttention`). Defaults
+            to `None`, which means `num_heads` (`KernelizedAttention`).
         local_context: number of neighbouring tokens, itself included, that a
             learned sum of each channel brings into the attention's input.
             Defaults to `None`, which means none.
@@ -115,6 +118,9 @@ class KernelizedTransformerDecoder(TransformerBlock):
             instead of the sum. Defaults to `False`, as in KerasHub.
         key_dim: size of queries and keys per head. Defaults to `None`, which
             means width / `num_heads`.
+        num_key_value_heads: number of heads of key and value, which as many
+            query heads share each (`KernelizedGroupedQueryAttention`). Defaults
+            to `None`, which means `num_heads` (`KernelizedAttention`).
         local_context: number of tokens, the last one included, that a learned
             sum of each channel brings into the self-attention's input. Defaults
             to `None`, which means none.
