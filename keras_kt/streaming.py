@@ -8,7 +8,7 @@ streaming exports need nothing else of a model.
 import inspect
 
 # Arguments of a model's `step` that are a mask of the tokens.
-MASKS = "mask", "padding_mask", "decoder_padding_mask", "value_mask"
+_MASKS = "mask", "padding_mask", "decoder_padding_mask", "value_mask"
 
 
 def missing_methods(model) -> str:
@@ -23,4 +23,4 @@ def missing_methods(model) -> str:
 def mask_argument(model) -> str | None:
     """The name of the mask of the tokens in a model's `step`, or `None`."""
     parameters = inspect.signature(model.step).parameters
-    return next((name for name in MASKS if name in parameters), None)
+    return next((name for name in _MASKS if name in parameters), None)

@@ -64,8 +64,8 @@ def mask_for(model, mask):
     if np.all(tf.get_static_value(mask)):
         return None
     raise ValueError(
-        "Prompts of several lengths need a model whose `step` takes a mask of "
-        f"the tokens, as one of the arguments {streaming.MASKS}. Received: a "
+        "Prompts of several lengths need a model whose `step` has an argument "
+        "`mask`, `(batch, new_tokens)` boolean, True for tokens. Received: a "
         f"{type(model).__name__} whose `step` has none. Give it one, which "
         "goes to the `step` of each of its layers, or give the prompts one by "
         "one."

@@ -49,12 +49,12 @@ def gather_state(state, indices):
             f"{received}"
         )
     known = tf.get_static_value(indices)
-    if known is not None and batch is not None:
-        if ((known < 0) | (known >= batch)).any():
-            raise ValueError(
-                f"`indices` must be from 0 to {batch - 1}, for a state of "
-                f"{batch} streams. Received: {received}"
-            )
+    is_checked = known is not None and batch is not None
+    if is_checked and ((known < 0) | (known >= batch)).any():
+        raise ValueError(
+            f"`indices` must be from 0 to {batch - 1}, for a state of {batch} "
+            f"streams. Received: {received}"
+        )
     return tf.nest.map_structure(lambda x: tf.gather(x, indices), state)
 
 
@@ -85,21 +85,10 @@ def stack_states(states):
             "`states` must be at least one state. Received: none. An empty "
             "batch is `initial_state(0)`."
         )
-    states = [_tensors(state, f"states[{i}]") for i, state in enumerate(states)]
+    states = [_tensors(x, f"states[{i}]") for i, x in enumerate(states)]
     for i, state in enumerate(states):
         _batch(state, f"states[{i}]")
-        try:
-            tf.nest.assert_same_structure(states[0], state)
-            same = all(
-                x.dtype == y.dtype
-                and x.shape[1:].is_compatible_with(y.shape[1:])
-                for x, y in zip(
-                    *map(tf.nest.flatten, (states[0], state)), strict=True
-                )
-            )
-        except (TypeError, ValueError):
-            same = False
-        if not same:
+        if not _are_alike(states[0], state):
             raise ValueError(
                 "`states` must be states of one model: nests of one structure, "
                 "with tensors of the same shapes but for the batch. Received: "
@@ -156,6 +145,19 @@ def unstack_states(state, sizes=None):
     ]
 
 
+def _are_alike(one, other):
+    """Whether two states differ in values and the batch alone."""
+    try:
+        tf.nest.assert_same_structure(one, other)
+    except (TypeError, ValueError):
+        return False
+    pairs = zip(tf.nest.flatten(one), tf.nest.flatten(other), strict=True)
+    return all(
+        x.dtype == y.dtype and x.shape[1:].is_compatible_with(y.shape[1:])
+        for x, y in pairs
+    )
+
+
 def _sizes(sizes):
     try:
         sizes = np.asarray(sizes)
@@ -171,7 +173,6 @@ def _tensors(state, name="state"):
     """The nest with tensors, all of which have a batch."""
 
     def tensor(path, x):
-        # NumPy's float64 stays what it is; so does what is a tensor.
         try:
             x = tf.convert_to_tensor(x)
         except (TypeError, ValueError):

@@ -46,7 +46,8 @@ def export_saved_model(
 
     * `initial_state`: `batch_size`, a scalar int32, to a state;
     * `prefill`: tokens `(batch, length, …)` and a state to outputs and a state;
-    * `decode`: the same for one token, `(batch, 1, …)`;
+    * `decode`: the same for one token, `(batch, 1, …)`.
+
     Where `step` has an argument `mask`, `padding_mask`, `decoder_padding_mask`
     or `value_mask`, streams of different prompts make one batch:
 
@@ -63,9 +64,9 @@ def export_saved_model(
 
     The fields of the i-th `AttentionState` or `NearFieldState` travel as
     `state_i_maximum`, `state_i_sums` and so on, float32, the same names in and
-    out, all with the batch as first axis: joined and cut along it, they are the
-    states of more streams or of fewer. Tokens have the name, shape and dtype of the first input of `serve`,
-    whose second axis is the length.
+    out. The batch is their first axis: joined and cut along it, they are the
+    states of more streams, or of fewer. Tokens have the name, shape and dtype
+    of the first input of `serve`, whose second axis is the length.
 
     The version appears under its number when it is complete, as a server that
     watches the folder needs it.
