@@ -31,6 +31,7 @@ from keras_kt.ops.states import (
     RotaryState,
     WindowState,
 )
+from keras_kt.ops.streams import gather_state, stack_states, unstack_states
 from keras_kt.priors import (
     DistributionPrior,
     EmpiricalPrior,
@@ -73,7 +74,10 @@ __all__ = [
     "convert_attention",
     "diagnostics",
     "export_saved_model",
+    "gather_state",
     "generate",
     "kernels",
     "paper_system",
+    "stack_states",
+    "unstack_states",
 ]

@@ -81,6 +81,13 @@ def integers(name, value, *, minimum=1):
     )
 
 
+def is_sequence(value):
+    """Whether a value is several: a list, a tuple, or an array of some rank."""
+    return (
+        isinstance(value, (list, tuple)) or len(getattr(value, "shape", ())) > 0
+    )
+
+
 def floats(name, value):
     """A tuple of finite `float`s, from a number or a sequence of numbers."""
     try:

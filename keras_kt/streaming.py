@@ -5,6 +5,11 @@
 streaming exports need nothing else of a model.
 """
 
+import inspect
+
+# Arguments of a model's `step` that are a mask of the tokens.
+_MASKS = "mask", "padding_mask", "decoder_padding_mask", "value_mask"
+
 
 def missing_methods(model) -> str:
     """What a model lacks to stream, as "`initial_state` and `step`"; or ""."""
@@ -13,3 +18,9 @@ def missing_methods(model) -> str:
         for name in ("initial_state", "step")
         if not callable(getattr(model, name, None))
     )
+
+
+def mask_argument(model) -> str | None:
+    """The name of the mask of the tokens in a model's `step`, or `None`."""
+    parameters = inspect.signature(model.step).parameters
+    return next((name for name in _MASKS if name in parameters), None)

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "systems": {"_checks", "features", "priors"},
     "streaming": set(),
-    "generation": {"_checks", "streaming"},
+    "generation": {"_checks", "ops", "streaming"},
     "serving": {"_checks", "ops", "streaming"},
     "conversion": {
         "_checks",

@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
+from tests.helpers.fading import Fading
 
 VOCABULARY = 11
 
@@ -80,21 +81,6 @@ def test_seeds_reproduce_and_differ(model):
     keras.utils.set_random_seed(5)
     first = sample(None)
     assert (first != sample(None)).any()
-
-
-def test_samples_are_those_of_a_written_out_loop(model):
-    """Temperature and seed are inputs of the loop, not part of its trace."""
-    for seed, temperature in ((0, 9.0), (3, 9.0), (-3, 20.0)):
-        tokens = PROMPT
-        for position in range(7):
-            drawn = tf.random.stateless_categorical(
-                model(tokens)[:, -1] / temperature, 1, [seed, position]
-            )
-            tokens = np.concatenate([tokens, drawn], 1)
-        actual = keras_kt.generate(
-            model, PROMPT, 7, temperature=temperature, seed=seed
-        )
-        np.testing.assert_array_equal(actual, tokens)
 
 
 def counting_model():
@@ -216,6 +202,128 @@ def test_end_token_fills_the_row(model):
         assert (row[stop:] == end).all()
 
 
+def test_rows_end_at_any_of_several_tokens():
+    model = Fading()
+    free = keras_kt.generate(model, PROMPT, 17, temperature=5.0, seed=1)
+    for ends in ([2, 7, 9], (3,), np.array([0, 4]), []):
+        actual = keras_kt.generate(
+            model, PROMPT, 17, temperature=5.0, seed=1, end_token=ends
+        ).numpy()
+        for row, wanted in zip(actual[:, 4:], free.numpy()[:, 4:], strict=True):
+            stop = np.flatnonzero(np.isin(wanted, ends))
+            stop = stop[0] + 1 if len(stop) else 17
+            np.testing.assert_array_equal(row[:stop], wanted[:stop])
+            assert (row[stop:] == wanted[stop - 1]).all()
+
+
+def test_generation_ends_with_the_last_row():
+    """Steps that are run, not those that are traced."""
+    model = Fading()
+    steps = tf.Variable(0)
+    step = model.step
+
+    def count(tokens, state):
+        steps.assign_add(1)
+        return step(tokens, state)
+
+    model.step = count
+    everything = list(range(11))
+    for given in ({}, {"on_tokens": lambda tokens: None}):
+        for ends, expected in ((everything, 1), (None, 13)):
+            steps.assign(0)
+            keras_kt.generate(model, PROMPT, 13, end_token=ends, **given)
+            assert int(steps) == expected
+
+
+OPTIONS = (
+    {"temperature": 0},
+    {"top_p": 0.8, "end_token": (2, 7), "num_return_sequences": 3},
+    {"top_k": 3, "jit_compile": True},
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o))
+def test_tokens_come_one_by_one_and_are_the_same(options):
+    model = Fading()
+    options = {"temperature": 5.0, "seed": 2} | options
+    expected = keras_kt.generate(model, PROMPT, 17, **options).numpy()
+    seen = []
+
+    def on_tokens(tokens):
+        assert isinstance(tokens, np.ndarray) and tokens.dtype == np.int32
+        seen.append(tokens.copy())
+        # What is done to it has no effect.
+        tokens[:] = 0
+
+    actual = keras_kt.generate(
+        model, PROMPT, 17, on_tokens=on_tokens, **options
+    )
+    np.testing.assert_array_equal(actual, expected)
+    assert actual.dtype == tf.int32
+    new = expected[:, 4:]
+    np.testing.assert_array_equal(np.stack(seen, 1), new[:, : len(seen)])
+    ends = np.isin(new, options.get("end_token", []))
+    last = np.where(ends.any(1), ends.argmax(1) + 1, 17).max()
+    assert len(seen) == last
+
+
+def test_tokens_of_a_decoder_come_one_by_one(model):
+    seen = []
+    actual = keras_kt.generate(
+        model, PROMPT, 7, temperature=0, on_tokens=seen.append
+    )
+    np.testing.assert_array_equal(
+        actual, greedy_by_whole_passes(model, PROMPT, 7)
+    )
+    np.testing.assert_array_equal(np.stack(seen, 1), actual[:, 4:])
+
+
+def test_an_error_of_the_callback_stops_generation():
+    seen = []
+
+    def stop(tokens):
+        seen.append(tokens)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        keras_kt.generate(Fading(), PROMPT, 17, seed=0, on_tokens=stop)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("is_streamed", (False, True))
+def test_one_trace_serves_all_values_of_its_options(is_streamed):
+    model = Fading()
+    given = {"on_tokens": lambda tokens: None} if is_streamed else {}
+    mask = np.arange(4) >= [[1], [2]]
+
+    def run(prompt=PROMPT, mask=mask, **options):
+        options = {"top_p": 0.8, "end_token": [1, 2], "seed": 0} | options
+        keras_kt.generate(
+            model, prompt, 9, prompt_mask=mask, **options, **given
+        )
+
+    run()
+    traces = model.calls
+    assert traces == 2  # the prompt and one token
+    for options in (
+        {"temperature": 3.0},
+        {"top_p": 0.3},
+        {"top_p": 1.0},
+        {"seed": [5, 6]},
+        {"seed": None},
+        {"end_token": (9, 0)},
+        {"mask": mask[::-1]},
+        {"prompt": PROMPT[::-1]},
+        {"prompt": PROMPT.tolist()},
+    ):
+        run(**options)
+        assert model.calls == traces, options
+    run(prompt=PROMPT[:, :3], mask=mask[:, :3])
+    # Another length is another prompt, and the same step after it.
+    assert model.calls == traces + (1 if is_streamed else 2)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -228,11 +336,10 @@ def test_end_token_fills_the_row(model):
         ({"max_new_tokens": 2.0}, "argument `max_new_tokens`"),
         ({"seed": 0.5}, "argument `seed`"),
         ({"jit_compile": None}, "`jit_compile` must be"),
-        (
-            {"prompt": tf.ragged.constant([[1, 2], [3]])},
-            "a RaggedTensor.*several lengths one by one",
-        ),
-        ({"prompt": [[1, 2], [3]]}, "a list whose rows.*one by one"),
+        ({"prompt": tf.ragged.constant([[1, 2], [3]])}, "Decoder whose `step`"),
+        ({"prompt": [[1, 2], [3]]}, "Prompts of several lengths need a model"),
+        ({"prompt_mask": PROMPT > 1}, "or give the prompts one by one"),
+        ({"prompt_lengths": [3, 4]}, "or give the prompts one by one"),
         ({"top_k": 0}, "argument `top_k`"),
     ],
 )

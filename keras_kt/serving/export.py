@@ -46,17 +46,28 @@ def export_saved_model(
 
     * `initial_state`: `batch_size`, a scalar int32, to a state;
     * `prefill`: tokens `(batch, length, …)` and a state to outputs and a state;
-    * `decode`: the same for one token, `(batch, 1, …)`;
-    * `prefill_masked`: as `prefill` with `mask`, `(batch, length)` bool, True
-      for tokens: prompts of several lengths in one batch, padded anywhere. Only
-      where `step` has an argument `mask`, `padding_mask`,
-      `decoder_padding_mask` or `value_mask`. A row's next token follows from
-      the output at its last True.
+    * `decode`: the same for one token, `(batch, 1, …)`.
 
-    The fields of the i-th `AttentionState`, `NearFieldState` or `WindowState`
-    travel as `state_i_maximum`, `state_i_sums` and so on, float32, the same
-    names in and out. Tokens have the name, shape and dtype of the first input
-    of `serve`, whose second axis is the length.
+    Where `step` has an argument `mask`, `padding_mask`, `decoder_padding_mask`
+    or `value_mask`, streams of different prompts make one batch:
+
+    * `prefill_masked`: as `prefill` with `mask`, `(batch, length)` bool, True
+      for tokens: prompts of several lengths in one batch, padded anywhere. A
+      row's next token follows from the output at its last True;
+    * `prefill_lengths`: with `lengths`, `(batch,)` int32, for prompts padded on
+      the right. Outputs are those at each row's last token only, `(batch, 1,
+      …)`, as of `decode`;
+    * `decode_masked`: as `decode` with `mask`, `(batch, 1)` bool.
+
+    A row that is all masked, or of length 0, keeps its state; what comes out
+    for it means nothing.
+
+    The fields of the i-th `AttentionState`, `NearFieldState`, `WindowState` or
+    `RotaryState` travel as `state_i_maximum`, `state_i_sums` and so on,
+    float32, the same names in and out. The batch is their first axis: joined
+    and cut along it, they are the states of more streams, or of fewer. Tokens
+    have the name, shape and dtype of the first input of `serve`, whose second
+    axis is the length.
 
     The version appears under its number when it is complete, as a server that
     watches the folder needs it.

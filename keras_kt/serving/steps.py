@@ -4,10 +4,9 @@ The server keeps nothing between requests; a client sends the state that it got.
 Names of the state's tensors are the same in and out.
 """
 
-import inspect
-
 import tensorflow as tf
 
+from keras_kt import streaming
 from keras_kt.ops.states import (
     AttentionState,
     NearFieldState,
@@ -16,8 +15,6 @@ from keras_kt.ops.states import (
 )
 
 _STATES = AttentionState, NearFieldState, WindowState, RotaryState
-# Arguments of a model's `step` that are a mask of the tokens.
-_MASKS = "mask", "padding_mask", "decoder_padding_mask", "value_mask"
 
 
 def streaming_endpoints(model, tokens):
@@ -59,29 +56,40 @@ def streaming_endpoints(model, tokens):
         "prefill": (step, [tokens_of(None), *states]),
         "decode": (step, [tokens_of(1), *states]),
     }
-    mask_name = _mask_argument(model)
-    if mask_name:
-        if tokens.name == "mask":
-            raise ValueError(
-                "`streaming=True` needs another name than 'mask', which "
-                "`prefill_masked` gives its mask, for the first input. "
-                f"Received: a first input {tokens.name!r}. Name it in "
-                "`input_signature`."
-            )
+    mask_name = streaming.mask_argument(model)
+    if mask_name is None:
+        return endpoints
+    if tokens.name in ("mask", "lengths"):
+        raise ValueError(
+            "`streaming=True` needs another name than 'mask' and 'lengths', "
+            "which endpoints give theirs, for the first input. Received: a "
+            f"first input {tokens.name!r}. Name it in `input_signature`."
+        )
 
-        def masked_step(tokens, mask, *flat_state):
-            return step(tokens, *flat_state, **{mask_name: mask})
+    def masked_step(tokens, mask, *flat_state):
+        return step(tokens, *flat_state, **{mask_name: mask})
 
-        mask = tf.TensorSpec((None, None), tf.bool, "mask")
-        signature = [tokens_of(None), mask, *states]
-        endpoints["prefill_masked"] = masked_step, signature
-    return endpoints
+    def step_to_last(tokens, lengths, *flat_state):
+        mask = tf.sequence_mask(lengths, tf.shape(tokens)[1])
+        results = masked_step(tokens, mask, *flat_state)
+        last = tf.maximum(lengths, 1)[:, tf.newaxis] - 1
+        return {
+            name: x if name in names else tf.gather(x, last, batch_dims=1)
+            for name, x in results.items()
+        }
 
+    def mask_of(length):
+        return tf.TensorSpec((None, length), tf.bool, "mask")
 
-def _mask_argument(model):
-    """The name of the mask of the tokens in a model's `step`, or `None`."""
-    parameters = inspect.signature(model.step).parameters
-    return next((name for name in _MASKS if name in parameters), None)
+    lengths = tf.TensorSpec((None,), tf.int32, "lengths")
+    return endpoints | {
+        "prefill_masked": (
+            masked_step,
+            [tokens_of(None), mask_of(None), *states],
+        ),
+        "prefill_lengths": (step_to_last, [tokens_of(None), lengths, *states]),
+        "decode_masked": (masked_step, [tokens_of(1), mask_of(1), *states]),
+    }
 
 
 def _state_names(state):
