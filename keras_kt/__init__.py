@@ -36,6 +36,7 @@ from keras_kt.priors import (
     SpectralPrior,
 )
 from keras_kt.serving import export_saved_model
+from keras_kt.streaming import streaming_model
 from keras_kt.systems import PAPER_SYSTEMS, paper_system
 
 __version__ = "0.2.0.dev0"
@@ -67,4 +68,5 @@ __all__ = [
     "generate",
     "kernels",
     "paper_system",
+    "streaming_model",
 ]

@@ -72,7 +72,7 @@ def generate(
     >>> keras_kt.generate(model, [[1, 2, 3]], 5, seed=0).shape
     TensorShape([1, 8])
     """
-    _check_model(model)
+    streaming.stream_of(model)
     prompt = _prompt(prompt)
     temperature = _checks.number("temperature", temperature)
     options = _Options(
@@ -142,7 +142,7 @@ def _traced(model_of, options):
 
     def run(prompt, temperature, seed):
         model, count, end = (
-            model_of(),
+            streaming.stream_of(model_of()),
             options.max_new_tokens,
             options.end_token,
         )
@@ -172,18 +172,6 @@ def _traced(model_of, options):
         return tf.concat([prompt, tf.transpose(tokens)], axis=1)
 
     return tf.function(run, jit_compile=options.jit_compile, autograph=False)
-
-
-def _check_model(model):
-    missing = streaming.missing_methods(model)
-    if missing:
-        raise ValueError(
-            "`model` must be causal, with the methods `initial_state("
-            "batch_size)` and `step(tokens, state)`. Received: a "
-            f"{type(model).__name__} without "
-            f"{missing}. They call those "
-            "of its KernelizedAttention or KernelizedTransformerDecoder layers."
-        )
 
 
 def _prompt(prompt):

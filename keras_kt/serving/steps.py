@@ -4,15 +4,12 @@ The server keeps nothing between requests; a client sends the state that it got.
 Names of the state's tensors are the same in and out.
 """
 
-import inspect
-
 import tensorflow as tf
 
 from keras_kt.ops.states import AttentionState, NearFieldState
+from keras_kt.streaming import mask_argument
 
 _STATES = AttentionState, NearFieldState
-# Arguments of a model's `step` that are a mask of the tokens.
-_MASKS = "mask", "padding_mask", "decoder_padding_mask", "value_mask"
 
 
 def streaming_endpoints(model, tokens):
@@ -54,7 +51,7 @@ def streaming_endpoints(model, tokens):
         "prefill": (step, [tokens_of(None), *states]),
         "decode": (step, [tokens_of(1), *states]),
     }
-    mask_name = _mask_argument(model)
+    mask_name = mask_argument(model)
     if mask_name:
         if tokens.name == "mask":
             raise ValueError(
@@ -71,12 +68,6 @@ def streaming_endpoints(model, tokens):
         signature = [tokens_of(None), mask, *states]
         endpoints["prefill_masked"] = masked_step, signature
     return endpoints
-
-
-def _mask_argument(model):
-    """The name of the mask of the tokens in a model's `step`, or `None`."""
-    parameters = inspect.signature(model.step).parameters
-    return next((name for name in _MASKS if name in parameters), None)
 
 
 def _state_names(state):
