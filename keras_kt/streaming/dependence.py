@@ -46,7 +46,7 @@ def mixing(operation, args, kwargs, length=None) -> Finding:
             the position. Defaults to `None`: any, and they may not.
     """
     with _shifted_weights(operation):
-        trial = _first_that_runs(operation, args, kwargs, length)
+        trial = _first_that_runs(operation, args, kwargs, length, hides=True)
         if isinstance(trial, Finding):
             return trial
         problem = trial.mixing(is_placed=length is not None)
@@ -68,7 +68,7 @@ def cutting(call, args, kwargs, length=5, cut=2) -> Finding:
         return Finding(problem, trial.whole)
 
 
-def _first_that_runs(operation, args, kwargs, length):
+def _first_that_runs(operation, args, kwargs, length, hides=False):
     """A trial with the first kind of numbers that a call takes."""
     length = length or _length(operation)
     trials, errors = [], []
@@ -83,7 +83,8 @@ def _first_that_runs(operation, args, kwargs, length):
         values = {id(x): _draw(x, length, draw, rng) for x in tokens}
         try:
             trial = _Trial(operation, args, kwargs, values, hide)
-            trial.hide(slice(0, 1), slice(0, 1))
+            if hides:
+                trial.hide(slice(0, 1), slice(0, 1))
         except Exception as error:
             errors.append(error)
             continue
@@ -144,10 +145,11 @@ class _Trial:
         (length,) = {x.shape[1] for x in self._values.values()}
         for x in whole:
             if not tf.is_tensor(x) or x.shape[:2] != (_BATCH, length):
+                before = next(iter(self._values.values())).shape
                 shape = tuple(getattr(x, "shape", ()))
                 return (
-                    f"makes (batch, length) = {(_BATCH, length)} an output of "
-                    f"shape {shape}, without the tokens on its second axis"
+                    f"turns tokens of shape {tuple(before)} into {shape}, "
+                    "without them on its second axis"
                 )
         for row, token in enumerate((0, length // 2, length - 1)):
             rows, tokens = slice(row, row + 1), slice(token, token + 1)
@@ -232,6 +234,7 @@ def _shifted_weights(operation):
     for variable in getattr(operation, "variables", ()):
         if keras.backend.is_float_dtype(variable.dtype):
             value = tf.convert_to_tensor(variable.value)
+            value += tf.cast(rng.uniform(0.05, 0.1), value.dtype)
             for axis, size in enumerate(value.shape):
                 shape = [1] * len(value.shape)
                 shape[axis] = size
@@ -248,4 +251,7 @@ def _flat(outputs):
 
 
 def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says, without where Keras caught it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [x for x in lines if x and not x.startswith("Exception encounter")]
+    return (lines or [type(error).__name__])[0]

@@ -199,10 +199,12 @@ def _stateless(operation, args, kwargs):
         placed = dependence.mixing(operation, args, kwargs, length)
         if not placed.problem:
             return Placed(operation, args, kwargs, length), placed.outputs
+        found = placed
     raise Refusal(found.problem, _way_out(operation))
 
 
 _WAYS_OUT = {
+    "Transformer": "Take KernelizedTransformerDecoder.",
     "Attention": "Take KernelizedAttention with `use_causal_mask=True`; "
     "`keras_kt.convert_attention` converts a trained model.",
     "Conv": 'Make it `Conv1D(padding="causal")`, and train it so.',
