@@ -43,6 +43,7 @@ from keras_kt.priors import (
     SpectralPrior,
 )
 from keras_kt.serving import export_saved_model
+from keras_kt.streaming import streaming_model
 from keras_kt.systems import PAPER_SYSTEMS, paper_system
 
 __version__ = "0.2.0.dev0"
@@ -79,5 +80,6 @@ __all__ = [
     "kernels",
     "paper_system",
     "stack_states",
+    "streaming_model",
     "unstack_states",
 ]

@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "layers": {"_checks", "_pace", "features", "ops", "priors"},
     "kernels": set(),
     "systems": {"_checks", "features", "priors"},
-    "streaming": set(),
+    # How layers hand masks on, and the order of visible tokens.
+    "streaming": {"layers", "ops"},
     "generation": {"_checks", "ops", "streaming"},
     "serving": {"_checks", "ops", "streaming"},
     "conversion": {

@@ -24,7 +24,7 @@ def run(name, *words, monkeypatch, **constants):
     module.main()
 
 
-def test_there_are_five_short_ones():
+def test_there_are_six_short_ones():
     lines = {
         path.stem: len(path.read_text().splitlines())
         for path in EXAMPLES.rglob("*")
@@ -35,6 +35,7 @@ def test_there_are_five_short_ones():
         "distributed",
         "language_model",
         "quickstart",
+        "stream_text",
         "text_classification",
     }
     assert max(lines.values()) <= 150
@@ -61,6 +62,7 @@ def test_they_use_public_names_only(path):
         ("text_classification", "--data-dir", "aclImdb_v1.tar.gz"),
         ("convert_pretrained", "--data-dir", "aclImdb_v1.tar.gz"),
         ("language_model", "--text", "gutenberg.org"),
+        ("stream_text", "--text", "gutenberg.org"),
     ],
 )
 def test_missing_data_say_where_they_are(
@@ -134,6 +136,27 @@ def test_language_model_streams_what_it_calls():
     rest, _ = model.step(tokens[:, 4:], state)
     streamed = np.concatenate([first, rest], axis=1)
     np.testing.assert_allclose(streamed, whole, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_stream_text_writes_the_same_without_the_package(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "text").write_text("to be or not to be, " * 100)
+    run(
+        "stream_text",
+        *("--text", tmp_path / "text", "--length", 32, "--steps", 250),
+        *("--prompt", "to be ", "--sample", 40, "--temperature", 0.1),
+        *("--export", tmp_path / "out"),
+        monkeypatch=monkeypatch,
+        WIDTH=32,
+        BLOCKS=1,
+    )
+    output = capsys.readouterr().out
+    assert "The export wrote the same text of 40 bytes." in output
+    # Learned, and shown twice.
+    assert output.count("to be or not to be") >= 2
+    assert (tmp_path / "out" / "1" / "saved_model.pb").exists()
 
 
 @pytest.mark.slow

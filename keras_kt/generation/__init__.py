@@ -105,9 +105,9 @@ def generate(
     >>> keras_kt.generate(model, [[1, 2, 3], [4]], 5, top_p=0.9).shape
     TensorShape([2, 8])
     """
-    model = _check_model(model)
+    stream = streaming.stream_of(model)
     prompt, mask = prompts.read(prompt, prompt_mask, prompt_lengths)
-    mask = prompts.mask_for(model, mask)
+    mask = prompts.mask_for(stream, mask)
     count = _checks.integer("max_new_tokens", max_new_tokens)
     temperature = _checks.number("temperature", temperature)
     top_p = sampling.check_top_p(top_p)
@@ -143,17 +143,3 @@ def generate(
     if on_tokens is None:
         return functions.whole(prompt, mask, count, settings)
     return loop.stream(functions, prompt, mask, count, settings, on_tokens)
-
-
-def _check_model(model):
-    """The model that streams, or what it lacks."""
-    missing = streaming.missing_methods(model)
-    if missing:
-        raise ValueError(
-            "`model` must be causal, with the methods `initial_state("
-            "batch_size)` and `step(tokens, state)`. Received: a "
-            f"{type(model).__name__} without "
-            f"{missing}. They call those "
-            "of its KernelizedAttention or KernelizedTransformerDecoder layers."
-        )
-    return model

@@ -119,7 +119,7 @@ def _functions(model_of, options):
         return tf.reduce_any(token[:, tf.newaxis] == settings.ends, axis=1)
 
     def start(prompt, mask, settings):
-        model = model_of()
+        model = streaming.stream_of(model_of())
         masks = {}
         if mask is not None:
             masks[streaming.mask_argument(model)] = mask
@@ -136,7 +136,8 @@ def _functions(model_of, options):
 
     def advance(position, rows, settings):
         token, ended, state = rows
-        logits, state = model_of().step(token[:, tf.newaxis], state)
+        model = streaming.stream_of(model_of())
+        logits, state = model.step(token[:, tf.newaxis], state)
         logits = tf.cast(logits[:, -1], tf.float32)
         token = tf.where(ended, token, choose(logits, position, settings))
         return Rows(token, ended | is_end(token, settings), state)

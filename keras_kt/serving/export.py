@@ -13,10 +13,10 @@ import keras
 import tensorflow as tf
 
 from keras_kt import _checks
-from keras_kt import streaming as protocol
 from keras_kt.serving.signatures import named_specs, signature_of
 from keras_kt.serving.steps import streaming_endpoints
 from keras_kt.serving.warmup import warmup_records, write_warmup
+from keras_kt.streaming import stream_of
 
 
 def export_saved_model(
@@ -115,7 +115,7 @@ def export_saved_model(
     >>> serve(x=tf.ones((2, 100, 32)))["y"].shape
     TensorShape([2, 100, 32])
     """
-    _check_model(model, streaming)
+    _check_model(model)
     path = os.fspath(path)
     folder = os.path.join(path, str(_version(path, version, overwrite)))
     structure, specs = named_specs(signature_of(model, input_signature))
@@ -133,7 +133,7 @@ def export_saved_model(
 
     endpoints = {"serve": (serve, specs)}
     if streaming:
-        endpoints.update(streaming_endpoints(model, specs[0]))
+        endpoints.update(streaming_endpoints(stream_of(model), specs[0]))
     if jit_compile:
         for name in set(endpoints) - {"initial_state"}:
             function, signature = endpoints[name]
@@ -168,7 +168,7 @@ def export_saved_model(
     return folder
 
 
-def _check_model(model, streaming):
+def _check_model(model):
     if not isinstance(model, keras.layers.Layer):
         raise ValueError(
             "`model` must be a Keras model or layer. Received: a "
@@ -179,16 +179,6 @@ def _check_model(model, streaming):
             "`model` must be built, so that it has weights to export. "
             f"Received: {model.name!r}, which is not. Call it once on a batch, "
             "or train it, before the export."
-        )
-    missing = protocol.missing_methods(model)
-    if streaming and missing:
-        raise ValueError(
-            "`streaming=True` needs a causal model with the methods "
-            "`initial_state(batch_size)` and `step(tokens, state)`. Received: "
-            f"{model.name!r}, a {type(model).__name__} without "
-            f"{missing}. A bidirectional "
-            "model cannot stream: export it without `streaming`. Give a causal "
-            "one the methods, which call those of its layers."
         )
 
 

@@ -6,13 +6,13 @@ Names of the state's tensors are the same in and out.
 
 import tensorflow as tf
 
-from keras_kt import streaming
 from keras_kt.ops.states import (
     AttentionState,
     NearFieldState,
     RotaryState,
     WindowState,
 )
+from keras_kt.streaming import mask_argument
 
 _STATES = AttentionState, NearFieldState, WindowState, RotaryState
 
@@ -56,7 +56,7 @@ def streaming_endpoints(model, tokens):
         "prefill": (step, [tokens_of(None), *states]),
         "decode": (step, [tokens_of(1), *states]),
     }
-    mask_name = streaming.mask_argument(model)
+    mask_name = mask_argument(model)
     if mask_name is None:
         return endpoints
     if tokens.name in ("mask", "lengths"):

@@ -7,8 +7,14 @@ streaming exports need nothing else of a model.
 
 import inspect
 
-# Arguments of a model's `step` that are a mask of the tokens.
-_MASKS = "mask", "padding_mask", "decoder_padding_mask", "value_mask"
+# Arguments of a `step` that are a mask of the new tokens.
+_MASKS = (
+    "mask",
+    "padding_mask",
+    "decoder_padding_mask",
+    "value_mask",
+    "key_mask",
+)
 
 
 def missing_methods(model) -> str:
@@ -21,6 +27,8 @@ def missing_methods(model) -> str:
 
 
 def mask_argument(model) -> str | None:
-    """The name of the mask of the tokens in a model's `step`, or `None`."""
+    """The name of the mask of the tokens in a model's `step`, if it has one."""
+    if not getattr(model, "takes_mask", True):
+        return None
     parameters = inspect.signature(model.step).parameters
     return next((name for name in _MASKS if name in parameters), None)
