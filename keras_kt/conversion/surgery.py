@@ -3,6 +3,7 @@
 import keras
 
 from keras_kt.conversion import keras_hub
+from keras_kt.conversion.hub_generation import generate_on_states
 from keras_kt.conversion.probe import replace_method
 
 _PROJECTIONS = (
@@ -50,6 +51,7 @@ def copy_with(model, plans):
         else:
             _transfer(original, twin)
     keras_hub.linearize_masks(copy)
+    generate_on_states(copy)
     inner = {id(new) for new in made.values()}
     for layer in rebuilt:
         if any(id(other) in inner for other in layer._flatten_layers()):

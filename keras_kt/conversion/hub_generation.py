@@ -1,0 +1,133 @@
+"""KerasHub's `generate` on states: a cost per token that does not grow.
+
+KerasHub runs the prompts through the model at once, which fills a cache of keys
+and values, and goes on token by token from where the shortest prompt ends. Here
+the cache is made of states while `generate_step` runs, with what every prompt
+has: a cache may hold what is overwritten later, a sum may not. Layers that were
+kept softmax find their keys and values in it.
+"""
+
+import contextlib
+import inspect
+
+import keras
+import tensorflow as tf
+
+from keras_kt.conversion import hub_cache, keras_hub
+from keras_kt.conversion.probe import replace_method, replaced_methods
+
+
+def generate_on_states(model):
+    """Lets KerasHub's language models in a converted model stream."""
+    for task in keras_hub.language_models(model):
+        blocks = getattr(task.backbone, "transformer_layers", ())
+        if any(keras_hub.streaming_attention(block) for block in blocks):
+            replace_method(task, "generate_step", _generate_step)
+
+
+def _generate_step(task, generate_step, inputs, *args, **kwargs):
+    _check_positions(task, inputs["token_ids"])
+    lengths = tf.reduce_sum(tf.cast(inputs["padding_mask"], tf.int32), axis=-1)
+    # KerasHub feeds the last token of the shortest prompt by itself.
+    generation = _Generation(task, tf.reduce_min(lengths) - 1)
+    with generation.running():
+        return generate_step(inputs, *args, **kwargs)
+
+
+def _check_positions(task, token_ids):
+    count, length = keras_hub.learned_positions(task), token_ids.shape[1]
+    if count and length and length > count:
+        raise ValueError(
+            "Prompts and new tokens together must have at most as many "
+            f"positions as the model has learned, {count}. Received: {length} "
+            f"for {task.name!r}. Pass `max_length={count}` to `generate`; "
+            "without a preprocessor, cut or pad `token_ids` to that."
+        )
+
+
+class _Generation:
+    """One run of `generate_step`: its cache, and who finds what in it.
+
+    Args:
+        task: the language model.
+        taken: how many tokens all prompts have, but for one.
+    """
+
+    def __init__(self, task, taken):
+        self.task, self.taken = task, taken
+        self.blocks = task.backbone.transformer_layers
+        # For each block, KerasHub's own cache: shapes and types.
+        self.own = {}
+
+    @contextlib.contextmanager
+    def running(self):
+        """Lets the model know such caches, until the context ends."""
+        kept = [x for x in self.blocks if not keras_hub.streaming_attention(x)]
+        with (
+            replaced_methods([self.task], "call_with_cache", self._call_task),
+            replaced_methods(kept, "call", self._call_kept),
+        ):
+            yield
+
+    def _call_task(self, _, call, *args, **kwargs):
+        """A model on a cache, which is KerasHub's own the first time."""
+        arguments = _bound(call, args, kwargs)
+        if _is_packed(arguments["cache"]):
+            return call(**arguments)
+        cache = self._packed(arguments["cache"])
+        logits, hidden, cache = call(**{**arguments, "cache": cache})
+        # Samplers may compare hidden states with those of all that is given,
+        # of which the last token has not been taken in.
+        shape = tf.shape(arguments["token_ids"])[0], 1
+        _, last, _ = call(
+            tf.slice(arguments["token_ids"], (0, self.taken), shape),
+            cache,
+            self.taken,
+        )
+        hidden = keras.ops.slice_update(hidden, [0, self.taken, 0], last)
+        return logits, hidden, cache
+
+    def _packed(self, own):
+        """States that have seen nothing, in the place of KerasHub's zeros."""
+        is_one = tf.is_tensor(own)
+        rows = []
+        for number, block in enumerate(self.blocks):
+            zeros = own[:, number] if is_one else own[number]
+            self.own[id(block)] = zeros
+            attention = keras_hub.streaming_attention(block)
+            if attention:
+                batch = tf.shape(keras.tree.flatten(zeros)[0])[0]
+                state = attention.initial_state(batch)
+                row = hub_cache.write_state(state)
+                zeros = hub_cache.limited(row, self.taken)
+            rows.append(zeros)
+        if not is_one:
+            return tuple(rows)
+        rows = [x if _is_packed(x) else hub_cache.write(x) for x in rows]
+        columns = max(row.shape[1] for row in rows)
+        return tf.stack([hub_cache.widened(x, columns) for x in rows], axis=1)
+
+    def _call_kept(self, block, call, *args, **kwargs):
+        """A block with softmax, which finds keys and values in the cache."""
+        arguments = _bound(call, args, kwargs)
+        (name,) = {"cache", "self_attention_cache"} & set(arguments)
+        cache = arguments[name]
+        if not _is_packed(cache):
+            return call(**arguments)
+        *_, heads, size = self.own[id(block)].shape
+        pairs = hub_cache.read(cache, self.own[id(block)].dtype)
+        # More of them than positions, where states of other layers are larger.
+        length = pairs.shape[1] // (2 * heads * size)
+        pairs = tf.reshape(
+            pairs[:, : 2 * length * heads * size], (-1, 2, length, heads, size)
+        )
+        output, pairs = call(**{**arguments, name: pairs})
+        return output, hub_cache.write(pairs, cache.shape[1])
+
+
+def _bound(call, args, kwargs):
+    return inspect.signature(call).bind(*args, **kwargs).arguments
+
+
+def _is_packed(cache):
+    return any(map(hub_cache.is_packed, keras.tree.flatten(cache)))
