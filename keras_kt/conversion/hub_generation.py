@@ -25,6 +25,9 @@ def generate_on_states(model):
             replace_method(task, "generate_step", _generate_step)
 
 
+# KerasHub's loops are explicit, as other backends need; converting them and all
+# layers takes most of the time of tracing.
+@tf.autograph.experimental.do_not_convert
 def _generate_step(task, generate_step, inputs, *args, **kwargs):
     _check_positions(task, inputs["token_ids"])
     lengths = tf.reduce_sum(tf.cast(inputs["padding_mask"], tf.int32), axis=-1)
