@@ -8,6 +8,7 @@ are measured, and kernels calibrated and distilled, on what is captured here.
 import functools
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -19,15 +20,16 @@ from keras_kt.conversion.softmax import (
     attending,
     masked_softmax,
     nominal_logits,
+    weighted,
 )
-from keras_kt.layers.attention import KernelizedAttention
 
 
 class Heads(NamedTuple):
     """One layer's attention on one batch: arrays or tensors.
 
     Attributes:
-        query, key: `(batch, length, heads, key_dim)`, as projected.
+        query, key: `(batch, length, heads, key_dim)`, as projected; keys and
+            values may have fewer heads.
         value: `(batch, key_length, heads, value_dim)`.
         visible: `(batch, 1 or heads, query_length, key_length)`, boolean.
         weights: softmax's weights, `(batch, heads, query_length, key_length)`.
@@ -49,7 +51,7 @@ class Captured(NamedTuple):
     """
 
     path: str
-    layer: KernelizedAttention
+    layer: keras.Layer
     batches: tuple
 
     def examples(self):
@@ -117,23 +119,22 @@ def taught(pairs, teacher, inputs):
     Returns:
         `Heads` by path.
     """
-    originals = [original for _, _, original in pairs]
+    originals = [pair.original for pair in pairs]
     sink = {}
-    with (
-        kept_losses(teacher),
-        recorded_calls(originals) as calls,
-        attending(originals, functools.partial(_attend_softmax, sink)),
-    ):
-        teacher(inputs, training=False)
+    attend = functools.partial(_attend_softmax, sink)
+    with kept_losses(teacher), recorded_calls(originals) as calls:
+        with attending(originals, attend):
+            teacher(inputs, training=False)
     given = {id(layer): arguments for layer, arguments, _ in calls}
+    with attending([pair.layer for pair in pairs], attend):
+        for pair in pairs:
+            pair.holder(**{**given[id(pair.original)], "training": False})
     found = {}
-    for path, layer, original in pairs:
-        arguments = given[id(original)]
-        key = arguments.get("key")
-        key = arguments["value"] if key is None else key
-        found[path] = sink[id(original)]._replace(
-            query=layer.query_dense(arguments["query"]),
-            key=layer.key_dense(key),
+    for pair in pairs:
+        theirs, ours = sink[id(pair.original)], sink[id(pair.layer)]
+        repeats = theirs.value.shape[2] // ours.value.shape[2]
+        found[pair.path] = theirs._replace(
+            query=ours.query, key=ours.key, value=theirs.value[:, :, ::repeats]
         )
     return found
 
@@ -155,4 +156,4 @@ def _attend_softmax(sink, layer, query, key, value, visible):
     weights = masked_softmax(nominal_logits(layer, query, key), visible)
     # A layer called twice is measured on its last call.
     sink[id(layer)] = Heads(query, key, value, visible, weights)
-    return tf.einsum("bhts,bshe->bthe", weights, value)
+    return weighted(weights, value)

@@ -59,9 +59,15 @@ def _oracle(layer, query, key, value, visible):
     outputs = []
     for q, k, v, seen in zip(query, key, value, visible, strict=True):
         q, k, v = (np.swapaxes(x, 0, 1) for x in (q, k, v))
+        # Query heads that share a head of keys are rows beside each other.
         kernel = kernels.closed_form(
-            layer.spectral_prior, layer.feature_map, q, k
+            layer.spectral_prior,
+            layer.feature_map,
+            q.reshape(len(k), -1, q.shape[-1]),
+            k,
         )
+        kernel = kernel.reshape(len(q), q.shape[1], -1)
+        v = np.repeat(v, len(q) // len(v), axis=0)
         output, _ = kernels.kernel_attention(kernel, v, seen)
         outputs.append(np.swapaxes(output, 0, 1))
     return np.stack(outputs).astype("float32")

@@ -8,6 +8,7 @@ squared differences. O(length²).
 import tensorflow as tf
 
 from keras_kt import ops
+from keras_kt.conversion.softmax import weighted
 
 
 def estimate(layer, query, key, value, visible, prior=None):
@@ -50,7 +51,7 @@ def squared_errors(output, weights, heads):
     Returns:
         Errors of the weights and of the output, then both's squared norms.
     """
-    exact = tf.einsum("bhts,bshe->bthe", heads.weights, heads.value)
+    exact = weighted(heads.weights, heads.value)
     return tf.stack(
         [
             matrix_squares(weights - heads.weights),

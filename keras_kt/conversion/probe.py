@@ -68,7 +68,8 @@ def replaced_attention(layers, compute):
     """Gives layers another attention of heads, until the context ends.
 
     Args:
-        layers: of `KernelizedAttention` or `MultiHeadAttention`.
+        layers: of `KernelizedAttention`, `MultiHeadAttention` or
+            `LinearAttention`.
         compute: function of a layer, the attention it had, and the arguments of
             a call by name: the projected `query`, `key` and `value`, and those
             that are given of `attention_mask`, `use_causal_mask`, `query_mask`,
@@ -77,11 +78,25 @@ def replaced_attention(layers, compute):
     """
 
     def replacement(layer, attend, *args, **kwargs):
-        call = inspect.signature(attend).bind(*args, **kwargs).arguments
-        return compute(layer, attend, call)
+        return compute(layer, attend, heads_of(attend, args, kwargs))
 
-    with replaced_methods(layers, "_compute_attention", replacement):
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            # A layer of heads has no projections around it.
+            is_of_heads = hasattr(layer, "attend")
+            name = "attend" if is_of_heads else "_compute_attention"
+            stack.enter_context(replaced_methods([layer], name, replacement))
         yield
+
+
+def heads_of(method, args, kwargs):
+    """What a method that attends was called with: arguments by name.
+
+    Whatever the method calls them, the first are `query`, `key` and `value`.
+    """
+    call = inspect.signature(method).bind(*args, **kwargs).arguments
+    names = ["query", "key", "value", *list(call)[3:]]
+    return dict(zip(names, call.values(), strict=True))
 
 
 @contextlib.contextmanager

@@ -6,10 +6,10 @@ one place where masks of all kinds become one. O(length²).
 
 import contextlib
 
+import keras
 import tensorflow as tf
 
 from keras_kt.conversion.probe import replaced_attention
-from keras_kt.layers.attention import KernelizedAttention
 
 
 def visible_pairs(call):
@@ -45,7 +45,7 @@ def attending(layers, attend):
     """Lets layers attend in another way, until the context ends.
 
     Args:
-        layers: of `KernelizedAttention` or `MultiHeadAttention`, over one axis.
+        layers: as in `replaced_attention`, over one axis.
         attend: function of a layer, queries, keys, values (float32, projected)
             and the visible pairs; it returns heads.
     """
@@ -82,17 +82,31 @@ def masked_softmax(logits, visible):
     return tf.where(visible, tf.nn.softmax(logits), 0.0)
 
 
+def weighted(weights, value):
+    """Heads: values by their weights, as many heads in a row of a value.
+
+    Args:
+        weights: `(batch, heads, query_length, key_length)`.
+        value: `(batch, key_length, key_value_heads, value_dim)`.
+
+    Returns:
+        `(batch, query_length, heads, value_dim)`.
+    """
+    value = tf.repeat(value, weights.shape[1] // value.shape[2], axis=2)
+    return tf.einsum("bhts,bshe->bthe", weights, value)
+
+
 def nominal_logits(layer, query, key):
     """Logits of the softmax that a layer stands for; a teacher's own.
 
     Args:
-        layer: a `KernelizedAttention`, or a `MultiHeadAttention`.
+        layer: one that attends by a kernel, or a `MultiHeadAttention`.
         query, key: `(batch, length, heads, key_dim)`, as projected.
 
     Returns:
-        `(batch, heads, query_length, key_length)`.
+        `(batch, query_heads, query_length, key_length)`.
     """
-    if not isinstance(layer, KernelizedAttention):
+    if isinstance(layer, keras.layers.MultiHeadAttention):
         logits = tf.einsum("bthd,bshd->bhts", query, key)
         return logits * layer.key_dense.kernel.shape[-1] ** -0.5
     if layer.temperature is not None:
