@@ -18,6 +18,7 @@ from keras_kt.conversion.find import kernelized_layers, pairs_of_layers
 from keras_kt.conversion.probe import kept_losses, recorded_calls
 from keras_kt.conversion.softmax import (
     attending,
+    fading,
     masked_softmax,
     nominal_logits,
     weighted,
@@ -120,8 +121,13 @@ def taught(pairs, teacher, inputs):
         `Heads` by path.
     """
     originals = [pair.original for pair in pairs]
+    seams = {
+        id(pair.original): pair.holder.seam
+        for pair in pairs
+        if pair.holder is not pair.layer
+    }
     sink = {}
-    attend = functools.partial(_attend_softmax, sink)
+    attend = functools.partial(_attend_softmax, sink, seams)
     with kept_losses(teacher), recorded_calls(originals) as calls:
         with attending(originals, attend):
             teacher(inputs, training=False)
@@ -132,17 +138,14 @@ def taught(pairs, teacher, inputs):
     found = {}
     for pair in pairs:
         theirs, ours = sink[id(pair.original)], sink[id(pair.layer)]
-        repeats = theirs.value.shape[2] // ours.value.shape[2]
-        found[pair.path] = theirs._replace(
-            query=ours.query, key=ours.key, value=theirs.value[:, :, ::repeats]
-        )
+        found[pair.path] = theirs._replace(query=ours.query, key=ours.key)
     return found
 
 
 def _attended(model, layers, inputs):
     """`Heads` by path, of the layers that a forward pass calls."""
     sink = {}
-    attend = functools.partial(_attend_softmax, sink)
+    attend = functools.partial(_attend_softmax, sink, {})
     with kept_losses(model), attending(list(layers.values()), attend):
         model(inputs, training=False)
     return {
@@ -152,8 +155,21 @@ def _attended(model, layers, inputs):
     }
 
 
-def _attend_softmax(sink, layer, query, key, value, visible):
-    weights = masked_softmax(nominal_logits(layer, query, key), visible)
+def _attend_softmax(sink, seams, layer, query, key, value, visible):
+    """Softmax attention that is captured.
+
+    Args:
+        sink: a dictionary; gets `Heads` by the id of the layer.
+        seams: a `Seam` by the id of a teacher's layer that has one.
+        layer, query, key, value, visible: as in `attending`.
+    """
+    seam = seams.get(id(layer))
+    if seam:
+        query, key, value = seam.heads(query, key, value)
+    logits = nominal_logits(layer, query, key)
+    if seam and seam.slopes:
+        logits += fading(seam.slopes, logits)
+    weights = masked_softmax(logits, visible)
     # A layer called twice is measured on its last call.
     sink[id(layer)] = Heads(query, key, value, visible, weights)
     return weighted(weights, value)

@@ -225,6 +225,15 @@ def _kernelized(layer, changes):
 
 def _within(layer, seam, changes, dropout):
     """A `Plan` of a LinearAttention for the heads of another class's layer."""
+    if changes.get("decay") == "gated" or (seam.slopes and "decay" in changes):
+        raise ValueError(
+            "`decay` of layers that are given a LinearAttention must be "
+            '"constant", and `None` where logits fall with the distance '
+            f"already. Received: decay={changes['decay']!r} for {layer.name!r},"
+            f" a {type(layer).__name__}. Name other `layers`."
+        )
+    if seam.slopes:
+        changes = {**changes, "decay": "constant"}
     sizes = seam.num_heads, seam.key_dim, seam.value_dim
     make = functools.partial(
         LinearAttention,
@@ -235,9 +244,11 @@ def _within(layer, seam, changes, dropout):
         **changes,
     )
     # Where outputs are dropped out, not weights, the layer goes on to do it.
-    if not seam.drops_weights:
+    if not seam.weights_dropout:
         dropout = 0.0
-    return Plan(make, seam, layer.dropout if dropout is None else dropout)
+    return Plan(
+        make, seam, seam.weights_dropout if dropout is None else dropout
+    )
 
 
 def _entry(entry, made, plans):
@@ -246,7 +257,7 @@ def _entry(entry, made, plans):
     path, layer, problem = entry
     kernelized, plan = made[id(layer)], plans[id(layer)]
     notes = [problem] if problem else []
-    drops_weights = plan.seam.drops_weights if plan.seam else layer.dropout
+    drops_weights = plan.seam.weights_dropout if plan.seam else layer.dropout
     if drops_weights and (plan.dropout or getattr(kernelized, "dropout", 0)):
         notes.append("dropout moved from weights to heads' outputs")
     is_quadratic = kernelized.implementation == "quadratic"

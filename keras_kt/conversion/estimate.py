@@ -8,7 +8,7 @@ squared differences. O(length²).
 import tensorflow as tf
 
 from keras_kt import ops
-from keras_kt.conversion.softmax import weighted
+from keras_kt.conversion.softmax import fixed_rates, weighted
 
 
 def estimate(layer, query, key, value, visible, prior=None):
@@ -30,6 +30,9 @@ def estimate(layer, query, key, value, visible, prior=None):
     if layer.near_field:
         kernel = layer.feature_map.exact_kernel(prior)
         near = ops.NearField(kernel, layer.near_field)
+    decay = None
+    if fixed_rates(layer) is not None:
+        decay = layer.rates(key, None)
     return ops.attend_with_matrix(
         *layer.scaled(query, key),
         value,
@@ -37,6 +40,7 @@ def estimate(layer, query, key, value, visible, prior=None):
             prior.stored_frequencies(), is_absolute=near is not None
         ),
         attention_mask=visible,
+        decay=decay,
         near=near,
     )
 

@@ -5,6 +5,7 @@ the whole is compared with softmax in float64: a family that is not known is
 converted if it is softmax, and refused with the difference if it is not.
 """
 
+import dataclasses
 import inspect
 import math
 
@@ -12,22 +13,36 @@ import keras
 import numpy as np
 
 from keras_kt import kernels
-from keras_kt.conversion.probe import heads_of, replaced_methods
-from keras_kt.conversion.seam import MASK_METHODS, METHOD, Seam
-from keras_kt.conversion.surgery import children
+from keras_kt.conversion.inline import (
+    METHOD,
+    PROJECTIONS,
+    alibi_slopes,
+    parts_of,
+)
+from keras_kt.conversion.probe import (
+    heads_of,
+    recorded_calls,
+    replaced_methods,
+)
+from keras_kt.conversion.seam import MASK_METHODS, Seam
 
 # How far attention may be from softmax, of values of size one, and its scale.
 _TOLERANCE = {"float32": 1e-4, "float64": 1e-4}
 _HALF_TOLERANCE = 0.05
 # What is known to be no softmax, by the names that KerasHub gives it.
 _NO_SOFTMAX = {
-    "logit_soft_cap": "caps its logits",
+    "logit_soft_cap": "caps its logits, which no kernel does",
     "sinks": "has sinks, which take weight from keys",
+    "use_relative_attention_bias": "adds a learned bias to its logits",
 }
 
 
 def has_seam(layer):
-    """Whether a layer attends on heads in a method of its own for that."""
+    """Whether a layer has a method for heads, or is known to attend inline."""
+    if any(getattr(layer, name, None) is not None for name in _NO_SOFTMAX):
+        return True
+    if parts_of(layer):
+        return True
     method = getattr(layer, METHOD, None)
     if method is None or isinstance(layer, keras.layers.MultiHeadAttention):
         return False
@@ -47,8 +62,10 @@ def measured(layer, block):
         return f"has a sliding window of {window}"
     for name, what in _NO_SOFTMAX.items():
         if getattr(layer, name, None) is not None:
-            return f"{what}, which no kernel does"
+            return what
     try:
+        if parts_of(layer):
+            return _measured_inline(layer, block)
         return _measured(layer, block)
     # Code of another package, on inputs that it may not be made for.
     except Exception as error:
@@ -58,12 +75,8 @@ def measured(layer, block):
 def _measured(layer, block):
     passed = _heads_passed(layer)
     query, key, value = (passed[name] for name in ("query", "key", "value"))
-    few = _key_value_heads(layer, key)
-    repeats = key.shape[2] // few
-    for x in (key, value):
-        # Else heads are not repeated, but different.
-        if not np.array_equal(x, np.repeat(x[:, :, ::repeats], repeats, 2)):
-            few, repeats = key.shape[2], 1
+    repeats = _repeats(key, value)
+    few = key.shape[2] // repeats
     size = key.shape[-1]
     seam = Seam(query.shape[2], few, size, value.shape[-1])
     scale = _scale(layer, seam, repeats)
@@ -74,21 +87,73 @@ def _measured(layer, block):
             "bias, a cap or a norm of its logits?"
         )
     method, is_causal = _mask_method(block, layer)
+    drops_weights = "training" in passed["options"]
+    return dataclasses.replace(
+        seam,
+        query_factor=scale * math.sqrt(size),
+        is_causal=is_causal,
+        mask_method=method,
+        weights_dropout=getattr(layer, "dropout", 0.0) if drops_weights else 0,
+    )
+
+
+def _measured_inline(layer, block):
+    width = _width(layer)
+    method, is_causal = _mask_method(block, layer)
+    if not is_causal:
+        return "its block is not causal"
+    padding = np.arange(13) < np.array([[13], [9]])
+    with recorded_calls([layer]) as calls:
+        block(_normal(layer, 2, 13, width), keras.ops.cast(padding, "int32"))
+    ((_, arguments, output),) = calls
+    parts = parts_of(layer)
+    heads = [
+        np.asarray(keras.ops.cast(dense(next(iter(arguments.values()))), float))
+        for dense in (parts[name] for name in PROJECTIONS[:3])
+    ]
+    _, length, count, size = heads[0].shape
+    query, key, value = (np.swapaxes(x, 1, 2) for x in heads)
+    distance = np.arange(length)[:, np.newaxis] - np.arange(length)
+    visible = padding[:, np.newaxis, np.newaxis] & (distance >= 0)
+    errors = []
+    # Falcon scales the biases too.
+    candidates = [
+        tuple(slope * factor for slope in alibi_slopes(count))
+        for factor in (1.0, size**-0.5)
+    ]
+    for slopes in candidates:
+        bias = np.multiply.outer(slopes, -np.maximum(distance, 0))
+        logits = query @ np.swapaxes(key, -1, -2) * size**-0.5 + bias
+        logits = np.where(visible, logits, -np.inf)
+        kernel = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        exact, _ = kernels.kernel_attention(kernel, value)
+        exact = np.swapaxes(exact, 1, 2).reshape(2, length, -1)
+        exact = parts["output_dense"](keras.ops.cast(exact, output.dtype))
+        error = keras.ops.cast(output - exact, "float32")
+        size_of_output = np.abs(keras.ops.cast(output, "float32")).max()
+        errors.append(np.abs(error)[padding].max() / size_of_output)
+    if not min(errors) < _tolerance(layer):
+        return (
+            f"differs from softmax with ALiBi by {min(errors):.2g} on random "
+            "inputs"
+        )
+    rates = [x.rate for x in parts.values() if hasattr(x, "rate")]
     return Seam(
-        seam.num_heads,
-        few,
+        count,
+        count,
         size,
-        seam.value_dim,
-        scale * math.sqrt(size),
-        is_causal,
-        method,
-        bool(getattr(layer, "dropout", 0)) and "training" in passed["options"],
+        value.shape[-1],
+        is_causal=True,
+        mask_method=method,
+        weights_dropout=max(rates, default=0.0),
+        slopes=candidates[int(np.argmin(errors))],
+        is_inline=True,
     )
 
 
 def _heads_passed(layer):
     """The arguments of the seam when the layer attends on random inputs."""
-    width = layer.get_build_config()["input_shape"][-1]
+    width = _width(layer)
     found = {}
 
     def record(layer, softmax, *args, **kwargs):
@@ -106,13 +171,29 @@ def _heads_passed(layer):
     }
 
 
-def _key_value_heads(layer, key):
-    """Heads of keys before they are repeated, by what projects them."""
-    for child in children(layer):
-        if child.name == "key":
-            width = layer.get_build_config()["input_shape"][-1]
-            return math.prod(child.kernel.shape) // (width * key.shape[-1])
-    return key.shape[2]
+def _repeats(*projected):
+    """How many heads in a row are one that the layer has repeated."""
+    count = projected[0].shape[2]
+    for repeats in range(count, 1, -1):
+        if count % repeats == 0 and all(
+            # Zeros do not tell heads apart.
+            x.any() and np.array_equal(x, _repeated(x, repeats))
+            for x in projected
+        ):
+            return repeats
+    return 1
+
+
+def _repeated(x, repeats):
+    return np.repeat(x[:, :, ::repeats], repeats, axis=2)
+
+
+def _width(layer):
+    """The size of the tokens that a layer was built for."""
+    shape = layer.get_build_config()["input_shape"]
+    while not isinstance(shape[0], int | None):
+        shape = shape[0]
+    return shape[-1]
 
 
 def _scale(layer, seam, repeats):
@@ -191,7 +272,7 @@ def _mask_method(block, layer):
 
     `None` where the block has none, or masks in a way of its own.
     """
-    width = layer.get_build_config()["input_shape"][-1]
+    width = _width(layer)
     x = _normal(layer, 2, 5, width)
     padding = np.arange(5) < np.array([[5], [3]])
     for name in MASK_METHODS:

@@ -11,6 +11,8 @@ import inspect
 
 import keras
 
+from keras_kt.conversion.inline import METHOD, attend_inline, parts_of
+
 
 @contextlib.contextmanager
 def recorded_calls(layers):
@@ -63,13 +65,19 @@ def replace_method(layer, name, replacement):
     setattr(layer, name, new)
 
 
+def give_method(layer, name, function):
+    """Gives a layer a method that it lacks, for good: a function of it."""
+    setattr(layer, name, functools.partial(function, layer))
+
+
 @contextlib.contextmanager
 def replaced_attention(layers, compute):
     """Gives layers another attention of heads, until the context ends.
 
     Args:
         layers: of `KernelizedAttention`, `MultiHeadAttention` or
-            `LinearAttention`.
+            `LinearAttention`; or of another class that has a method
+            `_compute_attention` for it, or attends inline.
         compute: function of a layer, the attention it had, and the arguments of
             a call by name: the projected `query`, `key` and `value`, and those
             that are given of `attention_mask`, `use_causal_mask`, `query_mask`,
@@ -80,12 +88,29 @@ def replaced_attention(layers, compute):
     def replacement(layer, attend, *args, **kwargs):
         return compute(layer, attend, heads_of(attend, args, kwargs))
 
+    def of_heads_only(layer, attend, *args, **kwargs):
+        return replacement(layer, attend, *args, **kwargs)[0]
+
+    def inline(layer, attend, *args, **kwargs):
+        def heads(*projected):
+            names = "query", "key", "value", "attention_mask"
+            call = dict(zip(names, projected, strict=True))
+            return compute(layer, None, call)[0]
+
+        return attend_inline(layer, attend, *args, attend=heads, **kwargs)
+
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            # A layer of heads has no projections around it.
-            is_of_heads = hasattr(layer, "attend")
-            name = "attend" if is_of_heads else "_compute_attention"
-            stack.enter_context(replaced_methods([layer], name, replacement))
+            name, hook = METHOD, of_heads_only
+            if isinstance(layer, keras.layers.MultiHeadAttention):
+                hook = replacement
+            elif hasattr(layer, "scaled"):
+                # A layer of heads has no projections around it.
+                name = "attend" if hasattr(layer, "attend") else METHOD
+                hook = replacement
+            elif parts_of(layer):
+                name, hook = "call", inline
+            stack.enter_context(replaced_methods([layer], name, hook))
         yield
 
 

@@ -13,10 +13,10 @@ import inspect
 import keras
 import tensorflow as tf
 
-from keras_kt.conversion.probe import heads_of, replace_method
+from keras_kt.conversion.inline import METHOD, attend_inline
+from keras_kt.conversion.probe import give_method, heads_of, replace_method
 from keras_kt.layers.axes import mask_of
 
-METHOD = "_compute_attention"
 # Of blocks: what makes the dense mask.
 MASK_METHODS = ("_compute_self_attention_mask", "_compute_attention_mask")
 
@@ -32,7 +32,10 @@ class Seam:
             by key_dim^(-1/4) on both sides is the softmax's own scale.
         is_causal: whether its block masks the future.
         mask_method: name of the block's method for that; `None` without one.
-        drops_weights: whether training drops attention weights.
+        weights_dropout: rate of dropout on attention weights.
+        slopes: how much the logits of each head fall with the distance, or
+            `None`: they do not.
+        is_inline: whether its call attends without a method for that.
     """
 
     num_heads: int
@@ -42,7 +45,9 @@ class Seam:
     query_factor: float = 1.0
     is_causal: bool = False
     mask_method: str | None = None
-    drops_weights: bool = False
+    weights_dropout: float = 0.0
+    slopes: tuple | None = None
+    is_inline: bool = False
 
     def heads(self, query, key, value):
         """Heads as the layer passes them, to what `LinearAttention` takes."""
@@ -74,26 +79,38 @@ def put_in(layer, block, seam, linear_attention, dropout=0.0):
         (None, None, few, size),
         (None, None, few, seam.value_dim),
     )
+    if seam.slopes:
+        linear_attention.decay_rates.fix(seam.slopes)
     layer._tracker.unlock()
     layer.seam = seam
     layer.linear_attention = linear_attention
     layer.heads_dropout = keras.layers.Dropout(dropout) if dropout else None
     layer._tracker.lock()
-    replace_method(layer, METHOD, _attend)
+    if seam.is_inline:
+        give_method(layer, METHOD, _attend_heads)
+        replace_method(layer, "call", attend_inline)
+    else:
+        replace_method(layer, METHOD, _attend)
     if seam.mask_method:
         replace_method(block, seam.mask_method, _vector_mask)
 
 
 def _attend(layer, softmax, *args, **kwargs):
+    """`_attend_heads` with the arguments of the method that it replaces."""
+    call = heads_of(softmax, args, kwargs)
+    names = "query", "key", "value", "attention_mask", "training"
+    return _attend_heads(layer, **{n: call[n] for n in names if n in call})
+
+
+def _attend_heads(layer, query, key, value, attention_mask=None, training=None):
     """Attention of heads; `_compute_attention` of a layer that was converted.
 
     A mask `(batch, 1, key_length)` for many queries is `_vector_mask`'s:
     causality is apart from it. Others are dense and say it all.
     """
-    call = heads_of(softmax, args, kwargs)
     inner, seam = kernel_within(layer), layer.seam
-    query, key, value = seam.heads(call["query"], call["key"], call["value"])
-    options, mask = {}, call.get("attention_mask")
+    query, key, value = seam.heads(query, key, value)
+    options, mask = {}, attention_mask
     is_vector = mask is not None and mask.shape[1] == 1
     if is_vector:
         options["key_mask"] = tf.cast(mask[:, 0], "bool")
@@ -112,7 +129,7 @@ def _attend(layer, softmax, *args, **kwargs):
     heads = inner(query, key, value, **options)
     heads = tf.cast(heads, layer.compute_dtype)
     if layer.heads_dropout is not None:
-        heads = layer.heads_dropout(heads, training=call.get("training"))
+        heads = layer.heads_dropout(heads, training=training)
     return heads
 
 

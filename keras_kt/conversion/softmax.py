@@ -6,7 +6,6 @@ one place where masks of all kinds become one. O(length²).
 
 import contextlib
 
-import keras
 import tensorflow as tf
 
 from keras_kt.conversion.probe import replaced_attention
@@ -52,8 +51,9 @@ def attending(layers, attend):
 
     def compute(layer, _, call):
         query = call["query"]
-        # Keras's own layers forget nothing.
-        if getattr(layer, "decay", None):
+        # Keras's own layers forget nothing; at fixed rates a layer stands for
+        # softmax whose logits fall with the distance.
+        if getattr(layer, "decay", None) and fixed_rates(layer) is None:
             raise ValueError(
                 "A layer that forgets stands for no softmax attention. "
                 f"Received: layer {layer.name!r} with decay={layer.decay!r}. "
@@ -106,9 +106,10 @@ def nominal_logits(layer, query, key):
     Returns:
         `(batch, query_heads, query_length, key_length)`.
     """
-    if isinstance(layer, keras.layers.MultiHeadAttention):
+    if not hasattr(layer, "scaled"):
+        key = tf.repeat(key, query.shape[2] // key.shape[2], axis=2)
         logits = tf.einsum("bthd,bshd->bhts", query, key)
-        return logits * layer.key_dense.kernel.shape[-1] ** -0.5
+        return logits * query.shape[-1] ** -0.5
     if layer.temperature is not None:
         raise ValueError(
             "A layer that normalizes queries and keys stands for no softmax "
@@ -116,4 +117,30 @@ def nominal_logits(layer, query, key):
             f"{layer.qk_norm!r}. Convert without it."
         )
     scaled = layer.scaled(query, key)
-    return layer.feature_map.logits(layer.spectral_prior, *scaled)
+    logits = layer.feature_map.logits(layer.spectral_prior, *scaled)
+    rates = fixed_rates(layer)
+    return logits if rates is None else logits + fading(rates, logits)
+
+
+def fixed_rates(layer):
+    """How much logits fall with the distance, `(heads,)`; or `None`."""
+    rates = getattr(layer, "decay_rates", None)
+    if rates is None or rates.trainable:
+        return None
+    return rates(tf.zeros((1, 1)))[0, :, 0]
+
+
+def fading(rates, logits):
+    """What the distance adds to logits.
+
+    Args:
+        rates: `(heads,)`.
+        logits: `(batch, any, query_length, key_length)`, which are not read.
+
+    Returns:
+        `(heads, query_length, key_length)`.
+    """
+    rates = tf.cast(rates, tf.float32)
+    queries, keys = (tf.range(tf.shape(logits)[axis]) for axis in (2, 3))
+    distance = tf.abs(queries[:, tf.newaxis] - keys)
+    return -rates[:, tf.newaxis, tf.newaxis] * tf.cast(distance, tf.float32)

@@ -104,7 +104,7 @@ def problems_of(model, chosen, dropout, seams):
 
 
 def _drops_weights(layer, seam):
-    return layer.dropout if seam is None else seam.drops_weights
+    return layer.dropout if seam is None else seam.weights_dropout
 
 
 def _needs(arguments, is_mask_apart):
