@@ -20,6 +20,9 @@ class Kernelized:
     """
 
     num_heads = _of_heads("num_heads", "Number of query heads.")
+    num_key_value_heads = _of_heads(
+        "num_key_value_heads", "Number of heads that the kernel has."
+    )
     key_dim = _of_heads("key_dim", "Size of queries and keys per head.")
     value_dim = _of_heads("value_dim", "Size of values per head.")
     seed = _of_heads("seed", "As given.")
