@@ -57,10 +57,7 @@ def closed_form_attention(model):
 def _fading(layer, visible):
     """What the distance adds to logits, `(heads or 1, t, s)`."""
     rates = fixed_rates(layer)
-    if rates is None:
-        rates = tf.zeros((1,))
-    repeats = layer.num_heads // layer.num_key_value_heads
-    return fading(tf.repeat(rates, repeats), visible)
+    return fading(tf.zeros((1,)) if rates is None else rates, visible)
 
 
 def _oracle(layer, query, key, value, visible, log_fading):

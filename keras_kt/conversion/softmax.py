@@ -123,11 +123,12 @@ def nominal_logits(layer, query, key):
 
 
 def fixed_rates(layer):
-    """How much logits fall with the distance, `(heads,)`; or `None`."""
+    """How much logits of query heads fall with the distance, or `None`."""
     rates = getattr(layer, "decay_rates", None)
     if rates is None or rates.trainable:
         return None
-    return rates(tf.zeros((1, 1)))[0, :, 0]
+    repeats = layer.num_heads // layer.num_key_value_heads
+    return tf.repeat(rates(tf.zeros((1, 1)))[0, :, 0], repeats)
 
 
 def fading(rates, logits):
