@@ -14,14 +14,20 @@ import keras
 import tensorflow as tf
 
 from keras_kt.conversion import hub_cache, keras_hub
-from keras_kt.conversion.probe import replace_method, replaced_methods
+from keras_kt.conversion.inline import METHOD
+from keras_kt.conversion.probe import (
+    heads_of,
+    replace_method,
+    replaced_methods,
+)
+from keras_kt.conversion.seam import kernel_within
 
 
 def generate_on_states(model):
     """Lets KerasHub's language models in a converted model stream."""
     for task in keras_hub.language_models(model):
         blocks = getattr(task.backbone, "transformer_layers", ())
-        if any(keras_hub.streaming_attention(block) for block in blocks):
+        if any(_streaming_attention(block) for block in blocks):
             replace_method(task, "generate_step", _generate_step)
 
 
@@ -65,10 +71,14 @@ class _Generation:
     @contextlib.contextmanager
     def running(self):
         """Lets the model know such caches, until the context ends."""
-        kept = [x for x in self.blocks if not keras_hub.streaming_attention(x)]
+        attention = [_streaming_attention(block) for block in self.blocks]
+        pairs = list(zip(self.blocks, attention, strict=True))
+        kept = [block for block, layer in pairs if layer is None]
+        seams = [block for block, layer in pairs if kernel_within(layer)]
         with (
             replaced_methods([self.task], "call_with_cache", self._call_task),
             replaced_methods(kept, "call", self._call_kept),
+            replaced_methods(seams, "call", self._call_seam),
         ):
             yield
 
@@ -97,10 +107,11 @@ class _Generation:
         for number, block in enumerate(self.blocks):
             zeros = own[:, number] if is_one else own[number]
             self.own[id(block)] = zeros
-            attention = keras_hub.streaming_attention(block)
+            attention = _streaming_attention(block)
             if attention:
                 batch = tf.shape(keras.tree.flatten(zeros)[0])[0]
-                state = attention.initial_state(batch)
+                kernel = kernel_within(attention) or attention
+                state = kernel.initial_state(batch)
                 row = hub_cache.write_state(state)
                 zeros = hub_cache.limited(row, self.taken)
             rows.append(zeros)
@@ -113,7 +124,7 @@ class _Generation:
     def _call_kept(self, block, call, *args, **kwargs):
         """A block with softmax, which finds keys and values in the cache."""
         arguments = _bound(call, args, kwargs)
-        (name,) = {"cache", "self_attention_cache"} & set(arguments)
+        name = _cache_name(arguments)
         cache = arguments[name]
         if not _is_packed(cache):
             return call(**arguments)
@@ -126,6 +137,89 @@ class _Generation:
         )
         output, pairs = call(**{**arguments, name: pairs})
         return output, hub_cache.write(pairs, cache.shape[1])
+
+    def _call_seam(self, block, call, *args, **kwargs):
+        """A block whose attention has a kernel at its seam, on a state.
+
+        It gets an empty cache as long as the new tokens, and so makes heads of
+        these alone, at their positions.
+        """
+        arguments = _bound(call, args, kwargs)
+        name = _cache_name(arguments)
+        cache, x = arguments[name], next(iter(arguments.values()))
+        if not _is_packed(cache):
+            return call(**arguments)
+        # Of prompts, which are in KerasHub's own cache already.
+        arguments.pop("cache_update_mask", None)
+        start = arguments[f"{name}_update_index"]
+        layer = _streaming_attention(block)
+        kernel, states = kernel_within(layer), []
+
+        def attend(layer, method, *args, **kwargs):
+            call = heads_of(method, args, kwargs)
+            heads, state = kernel.step(
+                *layer.seam.heads(call["query"], call["key"], call["value"]),
+                hub_cache.read_state(cache, kernel.state_shapes),
+                key_mask=hub_cache.taken(cache, start, x),
+            )
+            states.append(state)
+            return tf.cast(heads, layer.compute_dtype)
+
+        def sees_all(*args, **kwargs):
+            return tf.ones((tf.shape(x)[0], 1, tf.shape(x)[1]), "int32")
+
+        arguments[name] = keras.tree.map_structure(
+            lambda own: _as_long_as(own, x), self.own[id(block)]
+        )
+        with (
+            replaced_methods([layer], METHOD, attend),
+            replaced_methods([block], layer.seam.mask_method, sees_all),
+            _rotating(layer, start),
+        ):
+            output, _ = call(**arguments)
+        (state,) = states
+        return output, hub_cache.write_state(state, cache.shape[1])
+
+
+def _streaming_attention(block):
+    """A block's attention if that can go on from a state, or `None`."""
+    for layer in block._flatten_layers():
+        if isinstance(layer, keras_hub.CachedKernelizedAttention):
+            return None if layer.sliding_window else layer
+        if kernel_within(layer) is not None:
+            return layer if layer.seam.is_causal else None
+    return None
+
+
+def _as_long_as(own, x):
+    """An empty cache of keys and values for as many tokens as there are."""
+    *lead, _, heads, size = own.shape
+    shape = tf.shape(x)[0], *lead[1:], tf.shape(x)[1], heads, size
+    return tf.zeros(shape, own.dtype)
+
+
+@contextlib.contextmanager
+def _rotating(layer, start):
+    """Lets a layer rotate new tokens by their positions, until it ends.
+
+    GPT-NeoX's does not say where they start: it rotates its whole cache.
+    """
+
+    def rotate(_, call, *args, **kwargs):
+        return call(**{**_bound(call, args, kwargs), "start_index": start})
+
+    rotary = getattr(layer, "rotary_embedding_layer", None)
+    with replaced_methods([rotary] if rotary else [], "call", rotate):
+        yield
+
+
+def _cache_name(arguments):
+    """Which argument of a block is its self-attention's cache."""
+    return next(
+        name
+        for name in arguments
+        if name.endswith("cache") and not name.startswith("cross")
+    )
 
 
 def _bound(call, args, kwargs):

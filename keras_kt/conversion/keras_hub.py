@@ -159,14 +159,6 @@ def language_models(model):
     ]
 
 
-def streaming_attention(block):
-    """A decoder block's attention if that can go on from a state, or `None`."""
-    for layer in block._flatten_layers():
-        if isinstance(layer, CachedKernelizedAttention):
-            return None if layer.sliding_window else layer
-    return None
-
-
 def learned_positions(model):
     """How many positions a model has learned embeddings of, or `None`."""
     kind = _hub("PositionEmbedding")
