@@ -55,7 +55,7 @@ def _prior_with(layer, num_features):
     """A built copy of a layer's prior, with another number of features."""
     count = layer.feature_map.num_frequencies(num_features)
     prior = layer.spectral_prior.copy()
-    prior.build((layer.num_heads, count, layer.key_dim))
+    prior.build((layer.num_key_value_heads, count, layer.key_dim))
     for ours, theirs in zip(
         prior.trainable_variables,
         layer.spectral_prior.trainable_variables,

@@ -115,7 +115,13 @@ def calibrate(model, data, *, budget=None, batches=1, steps=300):
 
 
 def _cannot_move(layer):
-    """Why the kernel would not survive a change of coordinates, or `None`."""
+    """Why coordinates cannot be changed, or why the kernel would not survive
+    it; `None` if they can."""
+    if not hasattr(layer, "query_dense"):
+        return (
+            "left as it is: what comes between its projections and its heads "
+            "(a rotation, say) forbids a change of coordinates"
+        )
     prior = layer.spectral_prior
     is_normal = prior.is_gaussian and prior.num_components == 1
     if not (is_normal and layer.feature_map.is_softmax):

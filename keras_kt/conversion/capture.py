@@ -8,6 +8,7 @@ are measured, and kernels calibrated and distilled, on what is captured here.
 import functools
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -17,17 +18,19 @@ from keras_kt.conversion.find import kernelized_layers, pairs_of_layers
 from keras_kt.conversion.probe import kept_losses, recorded_calls
 from keras_kt.conversion.softmax import (
     attending,
+    fading,
     masked_softmax,
     nominal_logits,
+    weighted,
 )
-from keras_kt.layers.attention import KernelizedAttention
 
 
 class Heads(NamedTuple):
     """One layer's attention on one batch: arrays or tensors.
 
     Attributes:
-        query, key: `(batch, length, heads, key_dim)`, as projected.
+        query, key: `(batch, length, heads, key_dim)`, as projected; keys and
+            values may have fewer heads.
         value: `(batch, key_length, heads, value_dim)`.
         visible: `(batch, 1 or heads, query_length, key_length)`, boolean.
         weights: softmax's weights, `(batch, heads, query_length, key_length)`.
@@ -49,7 +52,7 @@ class Captured(NamedTuple):
     """
 
     path: str
-    layer: KernelizedAttention
+    layer: keras.Layer
     batches: tuple
 
     def examples(self):
@@ -117,31 +120,32 @@ def taught(pairs, teacher, inputs):
     Returns:
         `Heads` by path.
     """
-    originals = [original for _, _, original in pairs]
+    originals = [pair.original for pair in pairs]
+    seams = {
+        id(pair.original): pair.holder.seam
+        for pair in pairs
+        if pair.holder is not pair.layer
+    }
     sink = {}
-    with (
-        kept_losses(teacher),
-        recorded_calls(originals) as calls,
-        attending(originals, functools.partial(_attend_softmax, sink)),
-    ):
-        teacher(inputs, training=False)
+    attend = functools.partial(_attend_softmax, sink, seams)
+    with kept_losses(teacher), recorded_calls(originals) as calls:
+        with attending(originals, attend):
+            teacher(inputs, training=False)
     given = {id(layer): arguments for layer, arguments, _ in calls}
+    with attending([pair.layer for pair in pairs], attend):
+        for pair in pairs:
+            pair.holder(**{**given[id(pair.original)], "training": False})
     found = {}
-    for path, layer, original in pairs:
-        arguments = given[id(original)]
-        key = arguments.get("key")
-        key = arguments["value"] if key is None else key
-        found[path] = sink[id(original)]._replace(
-            query=layer.query_dense(arguments["query"]),
-            key=layer.key_dense(key),
-        )
+    for pair in pairs:
+        theirs, ours = sink[id(pair.original)], sink[id(pair.layer)]
+        found[pair.path] = theirs._replace(query=ours.query, key=ours.key)
     return found
 
 
 def _attended(model, layers, inputs):
     """`Heads` by path, of the layers that a forward pass calls."""
     sink = {}
-    attend = functools.partial(_attend_softmax, sink)
+    attend = functools.partial(_attend_softmax, sink, {})
     with kept_losses(model), attending(list(layers.values()), attend):
         model(inputs, training=False)
     return {
@@ -151,8 +155,21 @@ def _attended(model, layers, inputs):
     }
 
 
-def _attend_softmax(sink, layer, query, key, value, visible):
-    weights = masked_softmax(nominal_logits(layer, query, key), visible)
+def _attend_softmax(sink, seams, layer, query, key, value, visible):
+    """Softmax attention that is captured.
+
+    Args:
+        sink: a dictionary; gets `Heads` by the id of the layer.
+        seams: a `Seam` by the id of a teacher's layer that has one.
+        layer, query, key, value, visible: as in `attending`.
+    """
+    seam = seams.get(id(layer))
+    if seam:
+        query, key, value = seam.heads(query, key, value)
+    logits = nominal_logits(layer, query, key)
+    if seam and seam.slopes:
+        logits += fading(seam.slopes, logits)
+    weights = masked_softmax(logits, visible)
     # A layer called twice is measured on its last call.
     sink[id(layer)] = Heads(query, key, value, visible, weights)
-    return tf.einsum("bhts,bshe->bthe", weights, value)
+    return weighted(weights, value)

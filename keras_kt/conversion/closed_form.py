@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from keras_kt import kernels
 from keras_kt.conversion.find import kernelized_layers
-from keras_kt.conversion.softmax import attending
+from keras_kt.conversion.softmax import attending, fading, fixed_rates
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def closed_form_attention(model):
         query, key = layer.scaled(query, key)
         heads = tf.numpy_function(
             functools.partial(_oracle, layer),
-            [query, key, value, visible],
+            [query, key, value, visible, _fading(layer, visible)],
             tf.float32,
         )
         return tf.ensure_shape(heads, (*query.shape[:3], value.shape[3]))
@@ -54,14 +54,26 @@ def closed_form_attention(model):
         yield
 
 
-def _oracle(layer, query, key, value, visible):
+def _fading(layer, visible):
+    """What the distance adds to logits, `(heads or 1, t, s)`."""
+    rates = fixed_rates(layer)
+    return fading(tf.zeros((1,)) if rates is None else rates, visible)
+
+
+def _oracle(layer, query, key, value, visible, log_fading):
     """Heads of scaled queries and keys, one example at a time."""
     outputs = []
     for q, k, v, seen in zip(query, key, value, visible, strict=True):
         q, k, v = (np.swapaxes(x, 0, 1) for x in (q, k, v))
+        # Query heads that share a head of keys are rows beside each other.
         kernel = kernels.closed_form(
-            layer.spectral_prior, layer.feature_map, q, k
+            layer.spectral_prior,
+            layer.feature_map,
+            q.reshape(len(k), -1, q.shape[-1]),
+            k,
         )
+        kernel = kernel.reshape(len(q), q.shape[1], -1) * np.exp(log_fading)
+        v = np.repeat(v, len(q) // len(v), axis=0)
         output, _ = kernels.kernel_attention(kernel, v, seen)
         outputs.append(np.swapaxes(output, 0, 1))
     return np.stack(outputs).astype("float32")

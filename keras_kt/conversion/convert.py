@@ -15,10 +15,11 @@ from keras_kt import _checks, features, priors
 from keras_kt.conversion import keras_hub
 from keras_kt.conversion.find import attention_layers
 from keras_kt.conversion.report import ConversionReport, ConvertedLayer
-from keras_kt.conversion.support import problems_of, refusal
-from keras_kt.conversion.surgery import copy_with
+from keras_kt.conversion.support import problems_of, refusal, seams_of
+from keras_kt.conversion.surgery import Plan, copy_with
 from keras_kt.features import PositiveFeatures
 from keras_kt.layers.attention import KernelizedAttention
+from keras_kt.layers.linear_attention import LinearAttention
 
 ON_UNSUPPORTED = ("skip", "quadratic", "error")
 
@@ -105,7 +106,8 @@ def convert_attention(
         if features.get(feature_map).cancels_mean(spectral_prior):
             spectral_prior = priors.NormalPrior()
     counts = _feature_counts(num_features, chosen)
-    problems = problems_of(model, chosen, dropout)
+    seams = seams_of(model, chosen)
+    problems = problems_of(model, chosen, dropout, seams)
     if on_unsupported == "error" and any(problems.values()):
         listing = "; ".join(f"{p}: {why}" for p, why in problems.items() if why)
         raise ValueError(
@@ -116,7 +118,9 @@ def convert_attention(
         )
     plans, entries = {}, []
     for number, (path, layer) in enumerate(found.items()):
-        why_not = refusal(layer) if path in chosen else "not asked for"
+        why_not = "not asked for"
+        if path in chosen:
+            why_not = refusal(layer, seams.get(path))
         problem = problems.get(path)
         if problem and on_unsupported == "skip":
             why_not = f"{problem}, which linear attention cannot"
@@ -131,11 +135,15 @@ def convert_attention(
             num_features=counts.get(path),
             seed=seed + 3 * number,
         )
-        if dropout is not None:
-            changes["dropout"] = dropout
         if problem:
             changes["implementation"] = "quadratic"
-        plans[id(layer)] = functools.partial(_kernelized, layer, changes)
+        if path in seams:
+            plan = _within(layer, seams[path], changes, dropout)
+        else:
+            if dropout is not None:
+                changes["dropout"] = dropout
+            plan = Plan(functools.partial(_kernelized, layer, changes))
+        plans[id(layer)] = plan
         entries.append((path, layer, problem))
     if not plans:
         raise ValueError(
@@ -145,7 +153,7 @@ def convert_attention(
         )
     copy, made = copy_with(model, plans)
     return copy, ConversionReport(
-        tuple(_entry(entry, made) for entry in entries)
+        tuple(_entry(entry, made, plans) for entry in entries)
     )
 
 
@@ -215,13 +223,42 @@ def _kernelized(layer, changes):
     return kind.from_config({**config, **changes})
 
 
-def _entry(entry, made):
+def _within(layer, seam, changes, dropout):
+    """A `Plan` of a LinearAttention for the heads of another class's layer."""
+    if changes.get("decay") == "gated" or (seam.slopes and "decay" in changes):
+        raise ValueError(
+            "`decay` of layers that are given a LinearAttention must be "
+            '"constant", and `None` where logits fall with the distance '
+            f"already. Received: decay={changes['decay']!r} for {layer.name!r},"
+            f" a {type(layer).__name__}. Name other `layers`."
+        )
+    if seam.slopes:
+        changes = {**changes, "decay": "constant"}
+    sizes = seam.num_heads, seam.key_dim, seam.value_dim
+    make = functools.partial(
+        LinearAttention,
+        *sizes,
+        seam.num_key_value_heads,
+        dtype="float32",
+        name="linear_attention",
+        **changes,
+    )
+    # Where outputs are dropped out, not weights, the layer goes on to do it.
+    if not seam.weights_dropout:
+        dropout = 0.0
+    return Plan(
+        make, seam, seam.weights_dropout if dropout is None else dropout
+    )
+
+
+def _entry(entry, made, plans):
     if isinstance(entry, ConvertedLayer):
         return entry
     path, layer, problem = entry
-    kernelized = made[id(layer)]
+    kernelized, plan = made[id(layer)], plans[id(layer)]
     notes = [problem] if problem else []
-    if layer.dropout and kernelized.dropout:
+    drops_weights = plan.seam.weights_dropout if plan.seam else layer.dropout
+    if drops_weights and (plan.dropout or getattr(kernelized, "dropout", 0)):
         notes.append("dropout moved from weights to heads' outputs")
     is_quadratic = kernelized.implementation == "quadratic"
     return ConvertedLayer(

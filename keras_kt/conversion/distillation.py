@@ -66,7 +66,7 @@ def distill(
     if not isinstance(learning_rate, schedules):
         learning_rate = _checks.number("learning_rate", learning_rate)
     pairs = pairs_of_layers(student, teacher)
-    layers = {path: layer for path, layer, _ in pairs}
+    layers = {pair.path: pair.layer for pair in pairs}
     variables = []
     for layer in layers.values():
         variables += layer.spectral_prior.trainable_variables

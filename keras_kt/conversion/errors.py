@@ -138,6 +138,7 @@ def head_errors(item, prior=None):
     query, key = item.scaled_tokens()
     prior = layer.spectral_prior if prior is None else prior
     count, identity = prior.num_frequencies, np.eye(layer.key_dim)
+    repeats = len(query) // len(key)
     for head in range(layer.num_heads):
         yield HeadError(
             item.path,
@@ -146,7 +147,9 @@ def head_errors(item, prior=None):
             float(matrix[head]),
             float(output[head]),
             float(uniform[head]),
-            predicted_deviation(query[head], key[head], identity, count),
+            predicted_deviation(
+                query[head], key[head // repeats], identity, count
+            ),
         )
 
 

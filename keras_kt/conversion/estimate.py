@@ -8,6 +8,7 @@ squared differences. O(length²).
 import tensorflow as tf
 
 from keras_kt import ops
+from keras_kt.conversion.softmax import fixed_rates, weighted
 
 
 def estimate(layer, query, key, value, visible, prior=None):
@@ -29,6 +30,9 @@ def estimate(layer, query, key, value, visible, prior=None):
     if layer.near_field:
         kernel = layer.feature_map.exact_kernel(prior)
         near = ops.NearField(kernel, layer.near_field)
+    decay = None
+    if fixed_rates(layer) is not None:
+        decay = layer.rates(key, None)
     return ops.attend_with_matrix(
         *layer.scaled(query, key),
         value,
@@ -36,6 +40,7 @@ def estimate(layer, query, key, value, visible, prior=None):
             prior.stored_frequencies(), is_absolute=near is not None
         ),
         attention_mask=visible,
+        decay=decay,
         near=near,
     )
 
@@ -50,7 +55,7 @@ def squared_errors(output, weights, heads):
     Returns:
         Errors of the weights and of the output, then both's squared norms.
     """
-    exact = tf.einsum("bhts,bshe->bthe", heads.weights, heads.value)
+    exact = weighted(heads.weights, heads.value)
     return tf.stack(
         [
             matrix_squares(weights - heads.weights),

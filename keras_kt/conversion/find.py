@@ -5,8 +5,11 @@ errors and diagnostics name layers by it, and a student's layers find their
 teacher's by it.
 """
 
+from typing import NamedTuple
+
 import keras
 
+from keras_kt.conversion.seam import kernel_within
 from keras_kt.conversion.surgery import children
 from keras_kt.layers.attention import KernelizedAttention
 
@@ -29,11 +32,15 @@ def attention_layers(model) -> dict:
 
 
 def kernelized_layers(model) -> dict:
-    """The `KernelizedAttention` layers of a model by path."""
+    """The layers of a model that attend by a kernel, by path.
+
+    `KernelizedAttention`; and the `LinearAttention` within each layer of
+    another class that was given one.
+    """
     found = {
-        path: layer
+        path: _kernelized(layer)
         for path, layer in attention_layers(model).items()
-        if isinstance(layer, KernelizedAttention)
+        if _kernelized(layer) is not None
     }
     if not found:
         raise ValueError(
@@ -43,8 +50,24 @@ def kernelized_layers(model) -> dict:
     return found
 
 
+class Pair(NamedTuple):
+    """A converted layer beside the one that it was.
+
+    Attributes:
+        path: the student's layer.
+        layer: of `kernelized_layers`.
+        holder: what is called: the layer, or the one that it is within.
+        original: the teacher's layer.
+    """
+
+    path: str
+    layer: keras.Layer
+    holder: keras.Layer
+    original: keras.Layer
+
+
 def pairs_of_layers(student, teacher):
-    """`(path, student's layer, teacher's layer)` of converted layers."""
+    """Converted layers of a student with those of its teacher: `Pair`s."""
     kernelized_layers(student)
     ours, theirs = attention_layers(student), attention_layers(teacher)
     # Names that Keras chose differ where a class makes its own layers.
@@ -52,20 +75,30 @@ def pairs_of_layers(student, teacher):
     if len(ours) != len(theirs):
         by_position = [None] * len(ours)
     pairs = [
-        (path, layer, theirs.get(path, original))
+        Pair(path, _kernelized(layer), layer, theirs.get(path, original))
         for (path, layer), original in zip(
             ours.items(), by_position, strict=True
         )
-        if isinstance(layer, KernelizedAttention)
+        if _kernelized(layer) is not None
     ]
-    for path, _, original in pairs:
-        if not isinstance(original, keras.layers.MultiHeadAttention):
+    for path, layer, holder, original in pairs:
+        kind = keras.layers.MultiHeadAttention
+        if layer is not holder:
+            kind = type(holder)
+        if not isinstance(original, kind) or _kernelized(original):
             raise ValueError(
                 "`teacher` must be the model that the student was converted "
-                f"from. Received: one without a MultiHeadAttention at {path!r};"
+                f"from. Received: one without a {kind.__name__} at {path!r};"
                 f" it has {tuple(theirs)}."
             )
     return pairs
+
+
+def _kernelized(layer):
+    """What attends by a kernel in a layer, or `None`."""
+    if isinstance(layer, KernelizedAttention):
+        return layer
+    return kernel_within(layer)
 
 
 def _is_attention(layer):

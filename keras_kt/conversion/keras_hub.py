@@ -3,7 +3,7 @@
 KerasHub is never imported; where it is in use, its layers are recognised. Its
 decoder blocks merge causality into a dense mask, which costs O(length²), and
 pass a key-value cache: `linearize_masks` keeps causality apart, and
-`CachedKernelizedAttention` takes the cache.
+`CachedKernelizedAttention` takes the cache, or a state in its place.
 """
 
 import sys
@@ -11,6 +11,7 @@ import sys
 import keras
 import tensorflow as tf
 
+from keras_kt.conversion import hub_cache
 from keras_kt.conversion.probe import replace_method
 from keras_kt.layers.attention import KernelizedAttention
 from keras_kt.layers.axes import mask_of, without_mask
@@ -21,8 +22,8 @@ class CachedKernelizedAttention(KernelizedAttention):
     """KernelizedAttention with the call of KerasHub's cached attention.
 
     Takes the place of `keras_hub.layers.CachedMultiHeadAttention`. A cache of
-    keys and values is honoured as there, at O(cache length) for each token;
-    `KernelizedAttention.step` has a state of fixed size in its place.
+    keys and values is honoured as there, at O(cache length) for each token. In
+    a language model's `generate`, the cache is a state of fixed size.
 
     Call arguments:
         query, value, key, return_attention_scores, training: as in
@@ -30,7 +31,8 @@ class CachedKernelizedAttention(KernelizedAttention):
             values count only where neither a mask nor a cache is given.
         attention_mask: as there; or a tuple of padding masks
             `(batch, 1, key_length)`, none or one, which means causal.
-        cache: `(batch, 2, length, heads, key_dim)`, or `None`.
+        cache: `(batch, 2, length, heads, key_dim)`, or `None`; or what
+            `generate` of a converted model puts in its place.
         cache_update_index: where the new keys and values go in the cache.
 
     Returns:
@@ -66,6 +68,8 @@ class CachedKernelizedAttention(KernelizedAttention):
                 training=training,
                 use_causal_mask=is_causal,
             )
+        if hub_cache.is_packed(cache):
+            return self._stream(query, value, key, cache, cache_update_index)
         if self.decay or self.near_field or self.rotary_max_wavelength:
             raise ValueError(
                 "A key-value cache does not tell how far its keys are, which "
@@ -96,6 +100,19 @@ class CachedKernelizedAttention(KernelizedAttention):
         if return_attention_scores:
             return output, scores, cache
         return output, cache
+
+    def _stream(self, query, value, key, cache, start):
+        """A call on a packed state, which it gives back with the new tokens."""
+        query, value = without_mask(query), without_mask(value)
+        state = hub_cache.read_state(cache, self.state_shapes)
+        output, state = self.step(
+            query,
+            state,
+            value,
+            key,
+            value_mask=hub_cache.taken(cache, start, query),
+        )
+        return output, hub_cache.write_state(state, cache.shape[1])
 
     def compute_output_spec(
         self,
@@ -132,6 +149,30 @@ def cached_class():
     return _hub("CachedMultiHeadAttention")
 
 
+def language_models(model):
+    """KerasHub's language models in a model, itself among them."""
+    hub = sys.modules.get("keras_hub")
+    kind = hub.models.CausalLM if hub else ()
+    return [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, kind) and hasattr(layer, "call_with_cache")
+    ]
+
+
+def learned_positions(model):
+    """How many positions a model has learned embeddings of, or `None`."""
+    kind = _hub("PositionEmbedding")
+    return min(
+        (
+            layer.sequence_length
+            for layer in model._flatten_layers()
+            if isinstance(layer, kind)
+        ),
+        default=None,
+    )
+
+
 def linearize_masks(model):
     """Lets converted decoder blocks pass causality apart from padding."""
     for block, attention in causal_attention(model):
@@ -157,8 +198,11 @@ def causal_attention(model):
 
 def _causal_mask(block, dense_mask, *, use_causal_mask, **kwargs):
     """A decoder block's mask, as a tuple where causality stays linear."""
+    cache = kwargs["self_attention_cache"]
+    if hub_cache.is_packed(cache):
+        return ()
     is_dense = kwargs["decoder_attention_mask"] is not None
-    is_cached = kwargs["self_attention_cache"] is not None
+    is_cached = cache is not None
     if not use_causal_mask or is_dense or is_cached:
         return dense_mask(use_causal_mask=use_causal_mask, **kwargs)
     padding = dense_mask(use_causal_mask=False, **kwargs)

@@ -11,6 +11,8 @@ import inspect
 
 import keras
 
+from keras_kt.conversion.inline import METHOD, attend_inline, parts_of
+
 
 @contextlib.contextmanager
 def recorded_calls(layers):
@@ -63,12 +65,19 @@ def replace_method(layer, name, replacement):
     setattr(layer, name, new)
 
 
+def give_method(layer, name, function):
+    """Gives a layer a method that it lacks, for good: a function of it."""
+    setattr(layer, name, functools.partial(function, layer))
+
+
 @contextlib.contextmanager
 def replaced_attention(layers, compute):
     """Gives layers another attention of heads, until the context ends.
 
     Args:
-        layers: of `KernelizedAttention` or `MultiHeadAttention`.
+        layers: of `KernelizedAttention`, `MultiHeadAttention` or
+            `LinearAttention`; or of another class that has a method
+            `_compute_attention` for it, or attends inline.
         compute: function of a layer, the attention it had, and the arguments of
             a call by name: the projected `query`, `key` and `value`, and those
             that are given of `attention_mask`, `use_causal_mask`, `query_mask`,
@@ -77,11 +86,42 @@ def replaced_attention(layers, compute):
     """
 
     def replacement(layer, attend, *args, **kwargs):
-        call = inspect.signature(attend).bind(*args, **kwargs).arguments
-        return compute(layer, attend, call)
+        return compute(layer, attend, heads_of(attend, args, kwargs))
 
-    with replaced_methods(layers, "_compute_attention", replacement):
+    def of_heads_only(layer, attend, *args, **kwargs):
+        return replacement(layer, attend, *args, **kwargs)[0]
+
+    def inline(layer, attend, *args, **kwargs):
+        def heads(*projected):
+            names = "query", "key", "value", "attention_mask"
+            call = dict(zip(names, projected, strict=True))
+            return compute(layer, None, call)[0]
+
+        return attend_inline(layer, attend, *args, attend=heads, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            name, hook = METHOD, of_heads_only
+            if isinstance(layer, keras.layers.MultiHeadAttention):
+                hook = replacement
+            elif hasattr(layer, "scaled"):
+                # A layer of heads has no projections around it.
+                name = "attend" if hasattr(layer, "attend") else METHOD
+                hook = replacement
+            elif parts_of(layer):
+                name, hook = "call", inline
+            stack.enter_context(replaced_methods([layer], name, hook))
         yield
+
+
+def heads_of(method, args, kwargs):
+    """What a method that attends was called with: arguments by name.
+
+    Whatever the method calls them, the first are `query`, `key` and `value`.
+    """
+    call = inspect.signature(method).bind(*args, **kwargs).arguments
+    names = ["query", "key", "value", *list(call)[3:]]
+    return dict(zip(names, call.values(), strict=True))
 
 
 @contextlib.contextmanager

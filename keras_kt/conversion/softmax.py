@@ -9,7 +9,6 @@ import contextlib
 import tensorflow as tf
 
 from keras_kt.conversion.probe import replaced_attention
-from keras_kt.layers.attention import KernelizedAttention
 
 
 def visible_pairs(call):
@@ -45,15 +44,16 @@ def attending(layers, attend):
     """Lets layers attend in another way, until the context ends.
 
     Args:
-        layers: of `KernelizedAttention` or `MultiHeadAttention`, over one axis.
+        layers: as in `replaced_attention`, over one axis.
         attend: function of a layer, queries, keys, values (float32, projected)
             and the visible pairs; it returns heads.
     """
 
     def compute(layer, _, call):
         query = call["query"]
-        # Keras's own layers forget nothing.
-        if getattr(layer, "decay", None):
+        # Keras's own layers forget nothing; at fixed rates a layer stands for
+        # softmax whose logits fall with the distance.
+        if getattr(layer, "decay", None) and fixed_rates(layer) is None:
             raise ValueError(
                 "A layer that forgets stands for no softmax attention. "
                 f"Received: layer {layer.name!r} with decay={layer.decay!r}. "
@@ -89,21 +89,36 @@ def masked_softmax(logits, visible):
     return tf.where(visible, tf.nn.softmax(logits), 0.0)
 
 
+def weighted(weights, value):
+    """Heads: values by their weights, as many heads in a row of a value.
+
+    Args:
+        weights: `(batch, heads, query_length, key_length)`.
+        value: `(batch, key_length, key_value_heads, value_dim)`.
+
+    Returns:
+        `(batch, query_length, heads, value_dim)`.
+    """
+    value = tf.repeat(value, weights.shape[1] // value.shape[2], axis=2)
+    return tf.einsum("bhts,bshe->bthe", weights, value)
+
+
 def nominal_logits(layer, query, key, key_mask=None):
     """Logits of the softmax that a layer stands for; a teacher's own.
 
     Args:
-        layer: a `KernelizedAttention`, or a `MultiHeadAttention`.
+        layer: one that attends by a kernel, or a `MultiHeadAttention`.
         query, key: `(batch, length, heads, key_dim)`, as projected.
         key_mask: `(batch, key_length)` boolean, by which a layer's rotary
             positions count; or `None`.
 
     Returns:
-        `(batch, heads, query_length, key_length)`.
+        `(batch, query_heads, query_length, key_length)`.
     """
-    if not isinstance(layer, KernelizedAttention):
+    if not hasattr(layer, "scaled"):
+        key = tf.repeat(key, query.shape[2] // key.shape[2], axis=2)
         logits = tf.einsum("bthd,bshd->bhts", query, key)
-        return logits * layer.key_dense.kernel.shape[-1] ** -0.5
+        return logits * query.shape[-1] ** -0.5
     if layer.temperature is not None:
         raise ValueError(
             "A layer that normalizes queries and keys stands for no softmax "
@@ -111,4 +126,31 @@ def nominal_logits(layer, query, key, key_mask=None):
             f"{layer.qk_norm!r}. Convert without it."
         )
     scaled = layer.scaled(query, key, key_mask)
-    return layer.feature_map.logits(layer.spectral_prior, *scaled)
+    logits = layer.feature_map.logits(layer.spectral_prior, *scaled)
+    rates = fixed_rates(layer)
+    return logits if rates is None else logits + fading(rates, logits)
+
+
+def fixed_rates(layer):
+    """How much logits of query heads fall with the distance, or `None`."""
+    rates = getattr(layer, "decay_rates", None)
+    if rates is None or rates.trainable:
+        return None
+    repeats = layer.num_heads // layer.num_key_value_heads
+    return tf.repeat(rates(tf.zeros((1, 1)))[0, :, 0], repeats)
+
+
+def fading(rates, logits):
+    """What the distance adds to logits.
+
+    Args:
+        rates: `(heads,)`.
+        logits: `(batch, any, query_length, key_length)`, which are not read.
+
+    Returns:
+        `(heads, query_length, key_length)`.
+    """
+    rates = tf.cast(rates, tf.float32)
+    queries, keys = (tf.range(tf.shape(logits)[axis]) for axis in (2, 3))
+    distance = tf.abs(queries[:, tf.newaxis] - keys)
+    return -rates[:, tf.newaxis, tf.newaxis] * tf.cast(distance, tf.float32)

@@ -12,8 +12,10 @@ import keras
 import tensorflow as tf
 
 from keras_kt.conversion import keras_hub
+from keras_kt.conversion.measured_seam import has_seam, measured
 from keras_kt.conversion.probe import kept_losses, recorded_calls
-from keras_kt.conversion.surgery import projections
+from keras_kt.conversion.seam import Seam, kernel_within
+from keras_kt.conversion.surgery import children, projections
 from keras_kt.layers.attention import KernelizedAttention
 from keras_kt.layers.linear_attention import LinearAttention
 
@@ -22,13 +24,40 @@ from keras_kt.layers.linear_attention import LinearAttention
 _COMPUTATION = ("call", "_compute_attention", "_masked_softmax")
 
 
-def refusal(layer):
-    """Why a layer cannot stand for its weights in KernelizedAttention."""
+def seams_of(model, chosen):
+    """The `Seam` of each layer of another class that has one, by path.
+
+    In its place the reason, where what happens there is no softmax attention.
+    """
+    parents = {
+        id(child): layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.Layer)
+        for child in children(layer)
+    }
+    return {
+        path: measured(layer, parents[id(layer)])
+        for path, layer in chosen.items()
+        if layer.built and kernel_within(layer) is None and has_seam(layer)
+    }
+
+
+def refusal(layer, seam=None):
+    """Why a layer cannot become linear with the weights that it has.
+
+    Args:
+        layer: the layer.
+        seam: of `seams_of`.
+    """
     name = type(layer).__name__
-    if isinstance(layer, (KernelizedAttention, LinearAttention)):
+    is_linear = isinstance(layer, (KernelizedAttention, LinearAttention))
+    if is_linear or kernel_within(layer) is not None:
         return "is linear already"
+    if isinstance(seam, Seam):
+        return None
     if not isinstance(layer, keras.layers.MultiHeadAttention):
-        return f"{name} is not a MultiHeadAttention"
+        more = f", and {seam}" if seam else ""
+        return f"{name} is not a MultiHeadAttention{more}"
     base = keras.layers.MultiHeadAttention
     if keras_hub.is_cached(layer):
         base = keras_hub.cached_class()
@@ -42,12 +71,21 @@ def refusal(layer):
     return None
 
 
-def problems_of(model, chosen, dropout):
+def problems_of(model, chosen, dropout, seams):
     """What linear attention cannot honour, by path; "" where nothing."""
-    supported = {p: layer for p, layer in chosen.items() if not refusal(layer)}
+    supported = {
+        path: layer
+        for path, layer in chosen.items()
+        if not refusal(layer, seams.get(path))
+    }
     calls = _traced_calls(model, list(supported.values()))
-    causal = {
+    apart = {
         id(attention) for _, attention in keras_hub.causal_attention(model)
+    }
+    apart |= {
+        id(layer)
+        for path, layer in supported.items()
+        if path in seams and seams[path].mask_method
     }
     problems = {}
     for path, layer in supported.items():
@@ -55,23 +93,27 @@ def problems_of(model, chosen, dropout):
             need
             for called, arguments, _ in calls
             if called is layer
-            for need in _needs(arguments, id(layer) in causal)
+            for need in _needs(arguments, id(layer) in apart)
         }
-        if layer.dropout and dropout is None:
+        if _drops_weights(layer, seams.get(path)) and dropout is None:
             needs.add("drops attention weights")
-        if layer.get_config().get("sliding_window"):
+        if path not in seams and layer.get_config().get("sliding_window"):
             needs.add("has a sliding window")
         problems[path] = " and ".join(sorted(needs))
     return problems
 
 
-def _needs(arguments, is_causal_block):
+def _drops_weights(layer, seam):
+    return layer.dropout if seam is None else seam.weights_dropout
+
+
+def _needs(arguments, is_mask_apart):
     """What a call needs the attention matrix for."""
     if arguments.get("return_attention_scores"):
         yield "returns its scores"
     mask = arguments.get("attention_mask")
     # A mask that all queries share is a key mask.
-    if mask is not None and not is_causal_block and mask.shape[-2] != 1:
+    if mask is not None and not is_mask_apart and mask.shape[-2] != 1:
         yield "takes a dense mask"
 
 

@@ -1,9 +1,14 @@
 """Copies a model with other layers in the place of some, weights and all."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import keras
 
 from keras_kt.conversion import keras_hub
+from keras_kt.conversion.hub_generation import generate_on_states
 from keras_kt.conversion.probe import replace_method
+from keras_kt.conversion.seam import Seam, put_in
 
 _PROJECTIONS = (
     "_query_dense",
@@ -14,8 +19,26 @@ _PROJECTIONS = (
 )
 
 
+class Plan(NamedTuple):
+    """What comes in the place of a softmax layer, or into it.
+
+    Attributes:
+        make: function of no arguments, which makes the new layer.
+        seam: where the layer stays, and is given the new one for its heads.
+        dropout: rate of dropout on heads' outputs, with a seam.
+    """
+
+    make: Callable
+    seam: Seam | None = None
+    dropout: float = 0.0
+
+
 def copy_with(model, plans):
     """A copy of the model with planned layers replaced, weights and all.
+
+    Args:
+        model: the model.
+        plans: a `Plan` by the id of the layer.
 
     Returns:
         The copy, and the layers that were made by the id of the original.
@@ -24,8 +47,9 @@ def copy_with(model, plans):
 
     def clone(layer):
         if id(layer) not in clones:
-            if id(layer) in plans:
-                new = made[id(layer)] = plans[id(layer)]()
+            plan = plans.get(id(layer))
+            if plan and not plan.seam:
+                new = made[id(layer)] = plan.make()
             elif _is_graph(layer, plans):
                 new = keras.models.clone_model(layer, clone_function=clone)
             else:
@@ -42,14 +66,19 @@ def copy_with(model, plans):
         copy.build_from_config(model.get_build_config())
     swaps = list(_match(model, copy, plans, set()))
     for parent, original, twin in swaps:
-        if twin is not made.get(id(original)):
-            new = made.setdefault(id(original), None) or plans[id(original)]()
+        plan = plans[id(original)]
+        if plan.seam:
+            new = made[id(original)] = plan.make()
+            put_in(twin, parent, plan.seam, new, plan.dropout)
+        elif twin is not made.get(id(original)):
+            new = made.setdefault(id(original), None) or plan.make()
             made[id(original)] = new
             _transfer(original, new)
             replace_layer(parent, twin, new)
         else:
             _transfer(original, twin)
     keras_hub.linearize_masks(copy)
+    generate_on_states(copy)
     inner = {id(new) for new in made.values()}
     for layer in rebuilt:
         if any(id(other) in inner for other in layer._flatten_layers()):
@@ -125,9 +154,10 @@ def _match(original, copy, plans, seen):
     if copy.trainable != original.trainable:
         copy.trainable = original.trainable
     for child, twin in _twins(original, copy):
-        if id(child) in plans:
+        plan = plans.get(id(child))
+        if plan and (id(child) not in seen or not plan.seam):
             yield copy, child, twin
-        else:
+        if plan is None or plan.seam:
             yield from _match(child, twin, plans, seen)
 
 

@@ -92,15 +92,18 @@ class FeatureMap(Recipe):
 
         Args:
             prior: a built prior.
-            query, key: `(batch, length, heads, head_dim)`, scaled.
+            query, key: `(batch, length, heads, head_dim)`, scaled. As many
+                query heads in a row share each head of keys, and of the prior.
 
         Returns:
-            `(batch, heads, query_length, key_length)`.
+            `(batch, query_heads, query_length, key_length)`.
         """
-        logits = tf.einsum("bthd,bshd->bhts", query, key)
+        repeats = query.shape[2] // key.shape[2]
+        repeated = tf.repeat(key, repeats, axis=2)
+        logits = tf.einsum("bthd,bshd->bhts", query, repeated)
         if self.is_tilted(prior):
             tilt = tf.einsum("hd,bshd->bhs", prior.mean[:, 0], key)
-            logits += tilt[:, :, tf.newaxis]
+            logits += tf.repeat(tilt, repeats, axis=1)[:, :, tf.newaxis]
         return logits
 
     def has_exact_kernel(self, prior: SpectralPrior) -> bool:

@@ -68,6 +68,11 @@ class Decay(keras.layers.Layer):
             )
         self.built = True
 
+    def fix(self, rates):
+        """Sets a rate > 0 for each head, which is trained no more."""
+        self.raw_rate.assign(np.log(np.expm1(np.asarray(rates, "float64"))))
+        self.trainable = False
+
     def call(self, x):
         """`(batch, …, features)` to `(batch, …, heads, 1)`."""
         raw = tf.zeros_like(x[..., :1]) + self.raw_rate
