@@ -41,7 +41,15 @@ TASKS = {
 }
 SYSTEMS = ("softmax", *keras_kt.PAPER_SYSTEMS)
 # Not of the sweep.
-OTHERS = ("sweep", "report", "compare", "pages", "convert", "distributed")
+OTHERS = (
+    "sweep",
+    "report",
+    "compare",
+    "pages",
+    "convert",
+    "distill",
+    "distributed",
+)
 
 
 def to_beat(task):

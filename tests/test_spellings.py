@@ -360,6 +360,9 @@ def test_functions_take_every_spelling():
             target=spell("matrix"),
             train_projections=spell(True),
         )
+        history += keras_kt.conversion.distill_outputs(
+            model, softmax, X, steps=spell(1), learning_rate=spell(0.01)
+        )
         layer = model.get_layer("attention")
         profile = keras_kt.diagnostics.kernel_profile(
             layer, spell([0.0, 1.0]), directions=spell(3), seed=spell(1)

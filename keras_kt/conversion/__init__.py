@@ -1,7 +1,8 @@
 """Trained softmax models with linear attention: converted and improved.
 
 `keras_kt.convert_attention` makes one; `attention_error` says how far it is
-from softmax, `calibrate` and `distill` bring it closer.
+from softmax, `calibrate` and `distill` bring it closer,
+`distill_outputs` the whole model.
 """
 
 from keras_kt.conversion.calibration import CalibrationReport, calibrate
@@ -12,7 +13,9 @@ from keras_kt.conversion.errors import (
     HeadError,
     attention_error,
 )
+from keras_kt.conversion.far_field import without_far_field
 from keras_kt.conversion.keras_hub import CachedKernelizedAttention
+from keras_kt.conversion.outputs import distill_outputs
 from keras_kt.conversion.report import ConversionReport, ConvertedLayer
 
 __all__ = [
@@ -26,4 +29,6 @@ __all__ = [
     "calibrate",
     "closed_form_attention",
     "distill",
+    "distill_outputs",
+    "without_far_field",
 ]

@@ -11,19 +11,26 @@ import tensorflow as tf
 
 def input_batches(data, count):
     """Up to `count` batches of inputs."""
+    return [inputs for inputs, _ in weighted_batches(data, count)]
+
+
+def weighted_batches(data, count):
+    """Up to `count` batches of inputs with their sample weights, or `None`."""
     is_dataset = isinstance(data, (tf.data.Dataset, keras.utils.PyDataset))
     if is_dataset or hasattr(data, "__next__"):
         batches = []
         for batch in data:
             if len(batches) == count:
                 break
+            weights = None
             if isinstance(batch, tuple):
-                batch = keras.utils.unpack_x_y_sample_weight(batch)[0]
-            batches.append(batch)
+                unpacked = keras.utils.unpack_x_y_sample_weight(batch)
+                batch, _, weights = unpacked
+            batches.append((batch, weights))
     else:
-        batches = [data]
+        batches = [(data, None)]
     leaves = [
-        np.asarray(x) for batch in batches for x in keras.tree.flatten(batch)
+        np.asarray(x) for batch, _ in batches for x in keras.tree.flatten(batch)
     ]
     if not leaves or any(x.size == 0 for x in leaves):
         raise ValueError(
@@ -41,9 +48,15 @@ def input_batches(data, count):
 
 def repeated_batches(data, steps):
     """`steps` batches of inputs, from the start again when data end."""
+    for inputs, _ in repeated_weighted_batches(data, steps):
+        yield inputs
+
+
+def repeated_weighted_batches(data, steps):
+    """`weighted_batches`, from the start again when data end."""
     if isinstance(data, tf.data.Dataset):
-        yield from input_batches(data.repeat(), steps)
+        yield from weighted_batches(data.repeat(), steps)
         return
-    batches = input_batches(data, steps)
+    batches = weighted_batches(data, steps)
     for number in range(steps):
         yield batches[number % len(batches)]

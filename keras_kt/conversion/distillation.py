@@ -15,7 +15,7 @@ from keras_kt.conversion.estimate import estimate, squared_errors
 from keras_kt.conversion.find import pairs_of_layers
 from keras_kt.conversion.probe import kept_losses
 
-TARGETS = ("output", "matrix")
+TARGETS = ("both", "output", "matrix")
 
 
 def distill(
@@ -25,15 +25,19 @@ def distill(
     *,
     steps=100,
     learning_rate=1e-2,
-    target="output",
+    target="both",
     train_projections=False,
 ):
     """Trains converted layers to attend as the teacher's do.
 
     Each layer is given the inputs that the teacher's has, so layers learn in
     parallel and errors do not accumulate. Only spectral priors and feature maps
-    are trained, and the query and key projections if asked for: fine-tune the
-    whole with `fit` afterwards. O(length²).
+    are trained, and the query and key projections if asked for: train the
+    whole with `distill_outputs` or `fit` afterwards. O(length²).
+
+    Without a near field it takes most from frequencies of both sides that are
+    weights: convert with `EmpiricalPrior(tied=False)` and
+    `PositiveFeatures("self")`.
 
     Args:
         student: a model from `convert_attention`, changed in place.
@@ -41,8 +45,9 @@ def distill(
         data: as in `attention_error`; batches are repeated as needed.
         steps: number of batches to train on.
         learning_rate: of Adam, a number or a schedule.
-        target: `"output"` (default): relative squared error of the heads'
-            outputs. `"matrix"`: cross-entropy of the attention weights.
+        target: `"output"`: relative squared error of the heads' outputs.
+            `"matrix"`: cross-entropy to the teacher's attention weights.
+            `"both"` (default): their sum.
         train_projections: whether query and key projections are trained too.
 
     Returns:
@@ -62,9 +67,7 @@ def distill(
     target = _checks.choice("target", target, TARGETS)
     steps = _checks.integer("steps", steps, minimum=0)
     train_projections = _checks.boolean("train_projections", train_projections)
-    schedules = keras.optimizers.schedules.LearningRateSchedule
-    if not isinstance(learning_rate, schedules):
-        learning_rate = _checks.number("learning_rate", learning_rate)
+    learning_rate = checked_rate(learning_rate)
     pairs = pairs_of_layers(student, teacher)
     layers = {pair.path: pair.layer for pair in pairs}
     variables = []
@@ -106,14 +109,30 @@ def distill(
     return history
 
 
+def checked_rate(learning_rate):
+    """A learning rate as a number, or the schedule that it is."""
+    schedules = keras.optimizers.schedules.LearningRateSchedule
+    if isinstance(learning_rate, schedules):
+        return learning_rate
+    return _checks.number("learning_rate", learning_rate)
+
+
 def _loss(layer, heads, target):
     output, weights = estimate(layer, *heads[:4])
-    if target == "matrix":
-        log_weights = tf.math.log(tf.maximum(weights, 1e-9))
-        rows = tf.reduce_any(heads.visible, axis=-1)
-        count = tf.reduce_sum(
-            tf.cast(rows, tf.float32) * tf.ones_like(weights[..., 0])
-        )
-        return -tf.reduce_sum(heads.weights * log_weights) / count
-    _, error, _, norm = tf.unstack(squared_errors(output, weights, heads))
-    return tf.reduce_mean(error / (norm + 1e-9))
+    loss = 0.0
+    if target != "output":
+        loss += _cross_entropy(weights, heads)
+    if target != "matrix":
+        _, error, _, norm = tf.unstack(squared_errors(output, weights, heads))
+        loss += tf.reduce_mean(error / (norm + 1e-9))
+    return loss
+
+
+def _cross_entropy(weights, heads):
+    """Of the teacher's weights, in rows that see something."""
+    log_weights = tf.math.log(tf.maximum(weights, 1e-9))
+    rows = tf.reduce_any(heads.visible, axis=-1)
+    count = tf.reduce_sum(
+        tf.cast(rows, tf.float32) * tf.ones_like(weights[..., 0])
+    )
+    return -tf.reduce_sum(heads.weights * log_weights) / count

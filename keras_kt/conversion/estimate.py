@@ -26,8 +26,11 @@ def estimate(layer, query, key, value, visible, prior=None):
         `(batch, heads, query_length, key_length)`.
     """
     prior = layer.spectral_prior if prior is None else prior
-    near = None
+    near = key_mask = None
     if layer.near_field:
+        # Distances are numbers of visible tokens.
+        key_mask = tf.reduce_any(visible, axis=(1, 2))
+        key_mask = tf.broadcast_to(key_mask, tf.shape(key)[:2])
         kernel = layer.feature_map.exact_kernel(prior)
         near = ops.NearField(kernel, layer.near_field)
     decay = None
@@ -39,6 +42,7 @@ def estimate(layer, query, key, value, visible, prior=None):
         layer.feature_map.bind(
             prior.stored_frequencies(), is_absolute=near is not None
         ),
+        key_mask=key_mask,
         attention_mask=visible,
         decay=decay,
         near=near,
