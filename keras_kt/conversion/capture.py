@@ -128,8 +128,9 @@ def taught(pairs, teacher, inputs):
     }
     sink = {}
     attend = functools.partial(_attend_softmax, sink, seams)
-    with kept_losses(teacher), recorded_calls(originals) as calls:
-        with attending(originals, attend):
+    # Recorded last: where a whole call is replaced, its own is not made.
+    with kept_losses(teacher), attending(originals, attend):
+        with recorded_calls(originals) as calls:
             teacher(inputs, training=False)
     given = {id(layer): arguments for layer, arguments, _ in calls}
     with attending([pair.layer for pair in pairs], attend):

@@ -7,7 +7,6 @@ converted if it is softmax, and refused with the difference if it is not.
 
 import dataclasses
 import inspect
-import math
 
 import keras
 import numpy as np
@@ -78,7 +77,7 @@ def _measured(layer, block):
     repeats = _repeats(key, value)
     few = key.shape[2] // repeats
     size = key.shape[-1]
-    seam = Seam(query.shape[2], few, size, value.shape[-1])
+    seam = Seam(query.shape[2], few, size, value.shape[-1], size**-0.5)
     scale = _scale(layer, seam, repeats)
     error = _distance_from_softmax(layer, seam, repeats, scale)
     if not error < _tolerance(layer):
@@ -90,7 +89,7 @@ def _measured(layer, block):
     drops_weights = "training" in passed["options"]
     return dataclasses.replace(
         seam,
-        query_factor=scale * math.sqrt(size),
+        scale=scale,
         is_causal=is_causal,
         mask_method=method,
         weights_dropout=getattr(layer, "dropout", 0.0) if drops_weights else 0,
@@ -143,6 +142,7 @@ def _measured_inline(layer, block):
         count,
         size,
         value.shape[-1],
+        size**-0.5,
         is_causal=True,
         mask_method=method,
         weights_dropout=max(rates, default=0.0),

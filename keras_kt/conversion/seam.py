@@ -28,8 +28,7 @@ class Seam:
     Attributes:
         num_heads, num_key_value_heads, key_dim, value_dim: as in
             `LinearAttention`.
-        query_factor: how many times as long queries are to be, so that scaling
-            by key_dim^(-1/4) on both sides is the softmax's own scale.
+        scale: softmax's factor of q·k.
         is_causal: whether its block masks the future.
         mask_method: name of the block's method for that; `None` without one.
         weights_dropout: rate of dropout on attention weights.
@@ -42,7 +41,7 @@ class Seam:
     num_key_value_heads: int
     key_dim: int
     value_dim: int
-    query_factor: float = 1.0
+    scale: float
     is_causal: bool = False
     mask_method: str | None = None
     weights_dropout: float = 0.0
@@ -51,8 +50,10 @@ class Seam:
 
     def heads(self, query, key, value):
         """Heads as the layer passes them, to what `LinearAttention` takes."""
-        if self.query_factor != 1.0:
-            query = query * tf.cast(self.query_factor, query.dtype)
+        # Which scales by key_dim^(-1/4) on both sides.
+        factor = self.scale * self.key_dim**0.5
+        if abs(factor - 1.0) > 1e-6:
+            query = query * tf.cast(factor, query.dtype)
         # Most layers repeat them; the features are of one.
         repeats = key.shape[2] // self.num_key_value_heads
         return query, key[:, :, ::repeats], value[:, :, ::repeats]

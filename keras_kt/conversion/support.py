@@ -78,7 +78,6 @@ def problems_of(model, chosen, dropout, seams):
         for path, layer in chosen.items()
         if not refusal(layer, seams.get(path))
     }
-    calls = _traced_calls(model, list(supported.values()))
     apart = {
         id(attention) for _, attention in keras_hub.causal_attention(model)
     }
@@ -87,6 +86,13 @@ def problems_of(model, chosen, dropout, seams):
         for path, layer in supported.items()
         if path in seams and seams[path].mask_method
     }
+    # Layers with a seam have scores for nobody.
+    traced = [
+        layer
+        for path, layer in supported.items()
+        if path not in seams or id(layer) not in apart
+    ]
+    calls = _traced_calls(model, traced)
     problems = {}
     for path, layer in supported.items():
         needs = {
@@ -120,7 +126,7 @@ def _needs(arguments, is_mask_apart):
 def _traced_calls(model, layers):
     """The calls of layers when a functional model runs, without running it."""
     inputs = getattr(model, "inputs", None)
-    if not inputs:
+    if not inputs or not layers:
         return []
     if not isinstance(model, keras.Sequential):
         inputs = model.input
