@@ -23,6 +23,7 @@ from keras_kt.conversion.softmax import (
     nominal_logits,
     weighted,
 )
+from keras_kt.ops import visible_tokens
 
 
 class Heads(NamedTuple):
@@ -167,6 +168,11 @@ def _attend_softmax(sink, seams, layer, query, key, value, visible):
     seam = seams.get(id(layer))
     if seam:
         query, key, value = seam.heads(query, key, value)
+    if seam and seam.window:
+        # It may have been the method's that is replaced.
+        lengths = tf.shape(query)[1], tf.shape(key)[1]
+        near = visible_tokens.within(lengths, None, seam.window)
+        visible = tf.logical_and(visible, near)
     logits = nominal_logits(layer, query, key)
     if seam and seam.slopes:
         logits += fading(seam.slopes, logits)

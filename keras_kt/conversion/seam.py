@@ -34,6 +34,7 @@ class Seam:
         weights_dropout: rate of dropout on attention weights.
         slopes: how much the logits of each head fall with the distance, or
             `None`: they do not.
+        window: a query sees that many keys, itself the last; or `None`.
         is_inline: whether its call attends without a method for that.
     """
 
@@ -46,6 +47,7 @@ class Seam:
     mask_method: str | None = None
     weights_dropout: float = 0.0
     slopes: tuple | None = None
+    window: int | None = None
     is_inline: bool = False
 
     def heads(self, query, key, value):
@@ -120,12 +122,14 @@ def _attend_heads(layer, query, key, value, attention_mask=None, training=None):
         options["attention_mask"] = tf.cast(mask[:, tf.newaxis], "bool")
     lengths = query.shape[1], key.shape[1]
     is_cached = mask is not None and lengths[0] != lengths[1]
-    if (inner.decay or inner.near_field) and is_cached:
+    by_distance = inner.decay or inner.near_field or inner.sliding_window
+    if by_distance and is_cached:
         raise ValueError(
             "A key-value cache does not tell how far its keys are, which "
-            "`decay` and `near_field` go by. Received: a cache for "
-            f"{layer.name!r} with decay={inner.decay!r}, near_field="
-            f"{inner.near_field}. Convert without them."
+            "`decay`, `near_field` and `sliding_window` go by. Received: a "
+            f"cache for {layer.name!r} with decay={inner.decay!r}, near_field="
+            f"{inner.near_field}, sliding_window={inner.sliding_window}. "
+            "Convert without them."
         )
     heads = inner(query, key, value, **options)
     heads = tf.cast(heads, layer.compute_dtype)

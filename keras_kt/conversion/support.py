@@ -99,12 +99,10 @@ def problems_of(model, chosen, dropout, seams):
             need
             for called, arguments, _ in calls
             if called is layer
-            for need in _needs(arguments, id(layer) in apart)
+            for need in _needs(layer, arguments, id(layer) in apart)
         }
         if _drops_weights(layer, seams.get(path)) and dropout is None:
             needs.add("drops attention weights")
-        if path not in seams and layer.get_config().get("sliding_window"):
-            needs.add("has a sliding window")
         problems[path] = " and ".join(sorted(needs))
     return problems
 
@@ -113,8 +111,12 @@ def _drops_weights(layer, seam):
     return layer.dropout if seam is None else seam.weights_dropout
 
 
-def _needs(arguments, is_mask_apart):
-    """What a call needs the attention matrix for."""
+def _needs(layer, arguments, is_mask_apart):
+    """What a call needs the attention matrix for, or cannot have at all."""
+    if layer.get_config().get("sliding_window"):
+        lengths = {arguments[name].shape[1] for name in ("query", "value")}
+        if len(lengths - {None}) > 1:
+            yield "has a sliding window over another sequence"
     if arguments.get("return_attention_scores"):
         yield "returns its scores"
     mask = arguments.get("attention_mask")
