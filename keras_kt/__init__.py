@@ -24,7 +24,7 @@ from keras_kt.layers.transformer import (
     KernelizedTransformerDecoder,
     KernelizedTransformerEncoder,
 )
-from keras_kt.ops.states import AttentionState, NearFieldState
+from keras_kt.ops.states import AttentionState, NearFieldState, WindowState
 from keras_kt.priors import (
     DistributionPrior,
     EmpiricalPrior,
@@ -60,6 +60,7 @@ __all__ = [
     "PositiveFeatures",
     "SpectralPrior",
     "TrigonometricFeatures",
+    "WindowState",
     "conversion",
     "convert_attention",
     "diagnostics",

@@ -202,7 +202,7 @@ def _streaming_attention(block):
     """A block's attention if that can go on from a state, or `None`."""
     for layer in block._flatten_layers():
         if isinstance(layer, keras_hub.CachedKernelizedAttention):
-            return None if layer.sliding_window else layer
+            return layer
         if kernel_within(layer) is not None:
             return layer if layer.seam.is_causal else None
     return None

@@ -70,13 +70,13 @@ class CachedKernelizedAttention(KernelizedAttention):
             )
         if hub_cache.is_packed(cache):
             return self._stream(query, value, key, cache, cache_update_index)
-        if self.decay or self.near_field:
+        if self.decay or self.near_field or self.sliding_window:
             raise ValueError(
                 "A key-value cache does not tell how far its keys are, which "
-                "`decay` and `near_field` go by. Received: a cache for "
-                f"{self.name!r} with decay={self.decay!r}, near_field="
-                f"{self.near_field}. Convert without them, or stream with "
-                "`step`."
+                "`decay`, `near_field` and `sliding_window` go by. Received: a "
+                f"cache for {self.name!r} with decay={self.decay!r}, near_field"
+                f"={self.near_field}, sliding_window={self.sliding_window}. "
+                "Convert without them, or stream with `step`."
             )
         query = without_mask(query)
         keys, values = cache[:, 0], cache[:, 1]

@@ -10,7 +10,6 @@ import warnings
 import keras
 import tensorflow as tf
 
-from keras_kt import _checks
 from keras_kt.layers import route
 from keras_kt.layers.axes import (
     Folding,
@@ -48,7 +47,10 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
         use_bias: whether the projections have biases.
         output_shape: shape of an output token. Defaults to the query's.
         attention_axes: axes to attend over. Default to all in the middle.
-        sliding_window: as in `MultiHeadAttention`; costs O(length²) here.
+        sliding_window: as in `MultiHeadAttention`, only keys less than so many
+            tokens away are seen, in O(length · window) time: by the kernel in
+            closed form (softmax, of the default prior at the start) where a
+            `near_field` could, else by features. Masked tokens take no place.
         flash_attention: has no effect; memory is linear without it.
         kernel_initializer: of the projections, as in `MultiHeadAttention`;
             as are bias_initializer, kernel_regularizer, bias_regularizer,
@@ -68,9 +70,9 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
         redraw: `"never"` (default): one stored draw, a weight. `"step"`: fresh
             noise at every training step, and the stored draw for all else.
         implementation: `"auto"` (default) is linear, except where a call needs
-            the matrix (a dense `attention_mask`, `return_attention_scores`,
-            `sliding_window`) and for at most 32 tokens. `"linear"` refuses such
-            calls. `"quadratic"` always forms it. The estimate is the same.
+            the matrix (a dense `attention_mask`, `return_attention_scores`) and
+            for at most 32 tokens. `"linear"` refuses such calls. `"quadratic"`
+            always forms it. The estimate is the same.
         decay: `None` (default), `"constant"` or `"gated"`: forgetting with the
             distance, as in `LinearAttention`, at a learned rate of each head,
             or of each token of `key`, by a gate that starts at a constant.
@@ -174,6 +176,7 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
             implementation=implementation,
             decay=decay,
             near_field=near_field,
+            sliding_window=sliding_window,
             spectral_pace=spectral_pace,
             seed=seed,
             dtype="float32",
@@ -183,9 +186,6 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
         # weights come first.
         object.__setattr__(self, "_unprojected", heads_attention)
         self.supports_masking = True
-        self.sliding_window = _checks.integer(
-            "sliding_window", sliding_window, optional=True
-        )
         # Under MultiHeadAttention's private name too, which its tests read.
         self._sliding_window = self.sliding_window
         self._gated_decay = None
@@ -209,7 +209,7 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
     def build(self, query_shape, value_shape, key_shape=None):
         key_shape = value_shape if key_shape is None else key_shape
         self.build_projections(query_shape, value_shape, key_shape)
-        for name in ("decay", "near_field"):
+        for name in ("decay", "near_field", "sliding_window"):
             if getattr(self, name):
                 check_one_axis(name, getattr(self, name), self._attention_axes)
         self._unprojected = self._unprojected
@@ -315,19 +315,15 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
             Outputs of heads, and the weights or `None`.
         """
         axes = self._attention_axes
-        if len(axes) > 1 and (use_causal_mask or self.sliding_window):
+        if len(axes) > 1 and use_causal_mask:
             raise ValueError(
-                "`use_causal_mask` and `sliding_window` need an order of "
-                "positions, so a single attention axis. Received: "
-                f"attention_axes={axes}. Flatten the axes, or pass an "
-                "`attention_mask`."
+                "`use_causal_mask` needs an order of positions, so a single "
+                f"attention axis. Received: attention_axes={axes}. Flatten the "
+                "axes, or pass an `attention_mask`."
             )
         folding = Folding(query, value, axes)
         if attention_mask is not None:
             attention_mask = folding.fold_dense_mask(attention_mask)
-        if self.sliding_window is not None:
-            band = folding.band(self.sliding_window)
-            attention_mask = both(attention_mask, band)
         heads, scores = self._unprojected.attend(
             folding.fold(query),
             folding.fold(key),
@@ -391,11 +387,10 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
         )
         if not self.built:
             self.build(query.shape, value.shape, key.shape)
-        if len(query.shape) != 3 or self.sliding_window is not None:
+        if len(query.shape) != 3:
             raise ValueError(
-                "`step` streams one causal axis: it needs inputs of rank 3 and "
-                "no `sliding_window`. Received: query of shape "
-                f"{tuple(query.shape)}, sliding_window={self.sliding_window}"
+                "`step` streams one causal axis: it needs inputs of rank 3. "
+                f"Received: query of shape {tuple(query.shape)}"
             )
         route.check_step(query, key, value)
         query_mask = self.check_mask("query_mask", query_mask, query)
@@ -443,8 +438,4 @@ class KernelizedAttention(Kernelized, ProjectedAttention):
         kernel = self._unprojected.get_config()
         for name in ("name", "trainable", "dtype", "num_key_value_heads"):
             kernel.pop(name)
-        return {
-            **super().get_config(),
-            **kernel,
-            "sliding_window": self.sliding_window,
-        }
+        return {**super().get_config(), **kernel}

@@ -96,12 +96,6 @@ class Folding:
             (_product(lead), heads, _product(queries), _product(keys)),
         )
 
-    def band(self, width):
-        (axis,) = self.axes
-        rows = tf.range(self.query_sizes[axis])[:, tf.newaxis]
-        columns = tf.range(self.key_sizes[axis])[tf.newaxis]
-        return (tf.abs(rows - columns) < width)[tf.newaxis, tf.newaxis]
-
 
 def _sizes(x, ndim):
     dynamic = None

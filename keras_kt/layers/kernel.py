@@ -20,6 +20,7 @@ ARGUMENTS = {
     "redraw": functools.partial(_checks.choice, choices=REDRAWS),
     "decay": functools.partial(_checks.choice, choices=DECAYS),
     "near_field": _COUNT,
+    "sliding_window": _COUNT,
     "spectral_pace": functools.partial(_checks.number, is_open=True),
     "seed": functools.partial(_checks.integer, minimum=None, optional=True),
 }
@@ -35,7 +36,7 @@ NORMS_WARNING = (
 class LearnedKernel(keras.layers.Layer):
     """Base of `LinearAttention`: what keys weigh, and what that learns.
 
-    Prior, feature map and draw, temperature, near field and decay.
+    Prior, feature map and draw, temperature, near field, window and decay.
 
     A subclass has `key_dim` and calls `build_kernel` when it is built.
     """
@@ -50,6 +51,7 @@ class LearnedKernel(keras.layers.Layer):
         redraw,
         decay,
         near_field,
+        sliding_window,
         spectral_pace,
         seed,
         **kwargs,
@@ -61,6 +63,7 @@ class LearnedKernel(keras.layers.Layer):
             redraw=redraw,
             decay=decay,
             near_field=near_field,
+            sliding_window=sliding_window,
             spectral_pace=spectral_pace,
             seed=seed,
         )
@@ -127,6 +130,13 @@ class LearnedKernel(keras.layers.Layer):
 
     def _check_near_field(self):
         prior, feature_map = self.spectral_prior, self.feature_map
+        if self.near_field and self.sliding_window:
+            raise ValueError(
+                "`near_field` has features beyond it, `sliding_window` nothing:"
+                " only one of them can be. Received: near_field="
+                f"{self.near_field}, sliding_window={self.sliding_window}. "
+                "Leave one out."
+            )
         if self.near_field and not feature_map.has_exact_kernel(prior):
             raise ValueError(
                 "`near_field` needs a kernel in closed form: positive features "
@@ -243,13 +253,14 @@ class LearnedKernel(keras.layers.Layer):
             seed = tf.cast(seed, tf.int32)
         frequencies = self._spectral_prior(seed=seed)
         near = None
-        if self.near_field:
+        if self.near_field or self.sliding_window:
             near = ops.NearField(
                 self._feature_map.exact_kernel(self._spectral_prior, scale),
-                self.near_field,
+                self.near_field or self.sliding_window,
+                has_far=self.sliding_window is None,
             )
         feature_map = self._feature_map.bind(
-            frequencies, scale, is_absolute=near is not None
+            frequencies, scale, is_absolute=self.near_field is not None
         )
         return query, key, feature_map, near
 
@@ -284,6 +295,7 @@ class LearnedKernel(keras.layers.Layer):
             "redraw": self.redraw,
             "decay": self.decay,
             "near_field": self.near_field,
+            "sliding_window": self.sliding_window,
             "spectral_pace": self.spectral_pace,
             "seed": self.seed,
         }

@@ -32,6 +32,7 @@ class Kernelized:
     implementation = _of_heads("implementation", "As given.")
     decay = _of_heads("decay", "As given.")
     near_field = _of_heads("near_field", "As given.")
+    sliding_window = _of_heads("sliding_window", "As given.")
     spectral_pace = _of_heads("spectral_pace", "As given.")
     spectral_prior = _of_heads(
         "spectral_prior", "The built prior; before `build`, the recipe."
@@ -60,8 +61,8 @@ class Kernelized:
             batch_size: number of streams, an integer or a scalar tensor.
 
         Returns:
-            `AttentionState` of float32 tensors, or `NearFieldState`. Needs no
-            built layer.
+            `AttentionState`, `NearFieldState` or `WindowState` of float32
+            tensors. Needs no built layer.
         """
         return self.heads_attention().initial_state(batch_size)
 

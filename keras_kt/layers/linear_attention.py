@@ -83,6 +83,10 @@ class LinearAttention(kernel.LearnedKernel):
         near_field: keys less than so many visible tokens from the query weigh
             by the kernel in closed form, those beyond by features. Needs
             positive features of a normal or mixture prior. Defaults to `None`.
+        sliding_window: only keys less than so many visible tokens from the
+            query are seen, in O(length · window) time. They weigh by the kernel
+            in closed form where a `near_field` could, else by features. Lengths
+            must be equal. Defaults to `None`, keys at any distance.
         spectral_pace: how many times as fast as other weights the kernel's own
             move (those of prior and feature map, and the temperature): their
             variables are values divided by it. Defaults to 4.
@@ -132,6 +136,7 @@ class LinearAttention(kernel.LearnedKernel):
         implementation="auto",
         decay=None,
         near_field=None,
+        sliding_window=None,
         spectral_pace=4.0,
         seed=None,
         **kwargs,
@@ -144,6 +149,7 @@ class LinearAttention(kernel.LearnedKernel):
             redraw=redraw,
             decay=decay,
             near_field=near_field,
+            sliding_window=sliding_window,
             spectral_pace=spectral_pace,
             seed=seed,
             **kwargs,
@@ -254,6 +260,8 @@ class LinearAttention(kernel.LearnedKernel):
         Returns:
             Float32 outputs, and the attention weights or `None`.
         """
+        if self.sliding_window:
+            route.check_window(query, key, self.sliding_window)
         forms_matrix = self._forms_matrix(
             query, key, attention_mask is not None, return_attention_scores
         )
@@ -293,25 +301,17 @@ class LinearAttention(kernel.LearnedKernel):
             batch_size: number of streams, an integer or a scalar tensor.
 
         Returns:
-            `AttentionState` of float32 tensors, or `NearFieldState`. Needs no
-            built layer.
+            `AttentionState`, `NearFieldState` or `WindowState` of float32
+            tensors. Needs no built layer.
         """
-        if self.near_field:
-            return states.initial_near_field_state(
-                batch_size, *self._state_sizes()
-            )
-        return states.initial_state(batch_size, *self._state_sizes())
+        return states.initial(self.state_shapes, batch_size)
 
     @property
     def state_shapes(self):
         """Shapes of the state's tensors, as a state; `None` for the batch."""
-        if self.near_field:
-            return states.near_field_state_shapes(*self._state_sizes())
-        return states.state_shapes(*self._state_sizes())
-
-    def _state_sizes(self):
-        near = (self.key_dim, self.near_field) if self.near_field else ()
-        return self.num_key_value_heads, self.feature_dim, self.value_dim, *near
+        sizes = self.num_key_value_heads, self.feature_dim, self.value_dim
+        windows = self.near_field, self.sliding_window
+        return states.shapes(*sizes, self.key_dim, *windows)
 
     def step(
         self,

@@ -11,8 +11,7 @@ IMPLEMENTATIONS = ("auto", "linear", "quadratic")
 # with XLA and without:
 # python -m benchmarks.attention --levels core --lengths 16 32 64
 SHORT_LENGTH = 32
-# A layer's `sliding_window` comes as a mask.
-_DENSE_MASK = "a dense mask (`attention_mask`, `sliding_window`)"
+_DENSE_MASK = "a dense mask (`attention_mask`)"
 _ALTERNATIVES = (
     "Padding masks (`query_mask`, `value_mask`, `key_mask`, or the Keras masks "
     "of the inputs) and `use_causal_mask=True` stay linear."
@@ -86,8 +85,10 @@ def attend(
 def _attend_linearly(
     query, key, value, feature_map, *, same_length, causal, near, **options
 ):
-    by_distance = options["decay"] is not None or near is not None
-    if by_distance and not causal and not feature_map.positive:
+    fades = options["decay"] is not None
+    by_distance = fades or near is not None
+    has_far = near is None or near.has_far
+    if fades and has_far and not causal and not feature_map.positive:
         raise ValueError(
             "`decay` with trigonometric features needs `use_causal_mask=True` "
             "or the attention matrix. Received: use_causal_mask=False. Use "
@@ -109,6 +110,17 @@ def _attend_linearly(
         query, key, value, feature_map, causal=causal, near=near, **options
     )
     return output[:, :length] if needs_match else output
+
+
+def check_window(query, key, window):
+    """Raises a `ValueError` unless queries and keys stand side by side."""
+    if len({query.shape[1], key.shape[1]} - {None}) > 1:
+        raise ValueError(
+            "`sliding_window` needs queries that stand beside keys, so as many "
+            "of both: in cross-attention nothing is near. Received: "
+            f"sliding_window={window}, queries of shape {tuple(query.shape)} "
+            f"and keys of shape {tuple(key.shape)}. Leave it out there."
+        )
 
 
 def check_step(query, key, value):

@@ -10,15 +10,18 @@ from keras_kt.ops import linear, quadratic, scaling, window
 
 
 class NearField(NamedTuple):
-    """Keys that are weighed by a kernel in closed form.
+    """Keys less than so many visible tokens from the query.
 
     Attributes:
-        kernel: an `ExactKernel`.
-        window: for keys less than so many visible tokens from the query.
+        kernel: an `ExactKernel`, by which they are weighed; `None`, only
+            without a far field, for features.
+        window: number of tokens, the query's own included.
+        has_far: whether keys beyond weigh by features, or nothing.
     """
 
-    kernel: NamedTuple
+    kernel: tuple | None
     window: int
+    has_far: bool = True
 
 
 def attend(
@@ -54,9 +57,10 @@ def attend(
             multiplies the weights of all keys before it by exp(−λ_u), masked
             tokens by 1; a key after the query fades by the tokens from there
             to itself. Signed features are causal then, or form the matrix.
-        near: a `NearField` of positive features, or `None`.
-        state: `AttentionState` or `NearFieldState` of a causal stream to
-            resume; `None` starts anew.
+        near: a `NearField`, of positive features if it has a far field, or
+            `None`.
+        state: `AttentionState`, `NearFieldState` or `WindowState` of a causal
+            stream to resume; `None` starts anew.
 
     Returns:
         `(batch, query_length, heads, value_dim)`, zeros where no key is seen,
@@ -72,7 +76,9 @@ def attend(
         return output, None
     if near is not None:
         options |= {"causal": causal, "state": state}
-        return window.attend(*tokens, *near, **options)
+        *near, has_far = near
+        attend_near = window.attend if has_far else window.sliding
+        return attend_near(*tokens, *near, **options)
     if decay is not None and not causal:
         return window.fading(*tokens, decay, key_mask=key_mask), None
     if not causal:

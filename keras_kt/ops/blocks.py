@@ -16,6 +16,9 @@ CPU_CAUSAL_BLOCK_ROWS = 2048
 ACCELERATOR_BLOCK_ROWS = 65536
 ACCELERATOR_CAUSAL_BLOCK_ROWS = 16384
 MAX_BLOCK = 8192
+# Entries of the matrices of a band in a block.
+CPU_BAND_ENTRIES = 2**18
+ACCELERATOR_BAND_ENTRIES = 2**24
 
 
 class Blocks:
@@ -118,9 +121,37 @@ def of_queries_and_keys(query, key, mask, *, causal=False):
     )
 
 
+def of_band(query, window, mask):
+    """`Blocks` of queries that see so many keys before them.
+
+    Args:
+        query: `(batch, length, key_value_heads, dim)`.
+        window: number of keys.
+        mask: of the keys, as in `Blocks`.
+    """
+    # Half of a block's queries see none of its keys, so it is shorter than the
+    # window.
+    if _on_accelerator():
+        entries, limit = ACCELERATOR_BAND_ENTRIES, max(window, 256)
+        limit = min(limit, 1024)
+    else:
+        entries, limit = CPU_BAND_ENTRIES, max(window // 2, CHUNK_SIZE)
+        limit = min(limit, 256)
+    batch, length = size_of(query, 0), size_of(query, 1)
+    longest = limit
+    if isinstance(length, int):
+        longest = min(max(length, 1), limit)
+    of_one = query.shape[2] * longest * (window + longest)
+    return Blocks(batch, length, mask, max(1, entries // of_one), limit, 1)
+
+
+def _on_accelerator():
+    return any(tf.config.list_logical_devices(x) for x in ("GPU", "TPU"))
+
+
 def _limit(heads, causal):
     """Most tokens in a block."""
-    if any(tf.config.list_logical_devices(x) for x in ("GPU", "TPU")):
+    if _on_accelerator():
         rows = (ACCELERATOR_BLOCK_ROWS, ACCELERATOR_CAUSAL_BLOCK_ROWS)[causal]
     else:
         rows = (CPU_BLOCK_ROWS, CPU_CAUSAL_BLOCK_ROWS)[causal]

@@ -5,12 +5,9 @@ O(query_length · key_length) time and memory.
 
 import tensorflow as tf
 
-from keras_kt.numerics import precise_product
-from keras_kt.ops import heads, scaling, visible_tokens
-from keras_kt.ops.blocks import Blocks
+from keras_kt.ops import heads, logits, scaling, visible_tokens
 from keras_kt.ops.heads import size_of, swap_heads
 from keras_kt.ops.scaling import FLOOR
-from keras_kt.ops.scan import scan
 
 
 def attend(
@@ -49,17 +46,27 @@ def attend(
         log_fading = _log_fading(decay, lengths[0])
     exact = is_near = None
     if near is not None:
-        is_near = _near(lengths, key_mask, near.window)
+        is_near = visible_tokens.within(lengths, key_mask, near.window)
+        if not near.has_far:
+            visible &= is_near
+    if near is not None and near.kernel is not None:
         kept_key = key if keep is None else tf.where(keep, key, 0.0)
-        exact = _exact_logits(near.kernel, query, kept_key) + log_fading
+        exact = logits.of_kernel(
+            near.kernel.queries(query), near.kernel.keys(kept_key)
+        )
+        exact += log_fading
         exact = tf.where(is_near & visible, exact, FLOOR)
     # The kernel of a near field leaves out the same factor of each query.
-    query = feature_map.queries(query)
-    key = scaling.key_features(feature_map, key, keep)
-    if feature_map.positive:
-        weights = _weights(query, key, visible, log_fading, is_near, exact)
+    features = (
+        feature_map.queries(query),
+        scaling.key_features(feature_map, key, keep),
+    )
+    if exact is not None and not near.has_far:
+        weights = _softmax(exact, visible)
+    elif feature_map.positive:
+        weights = _weights(*features, visible, log_fading, is_near, exact)
     else:
-        weights = _signed_weights(query, key, visible, log_fading)
+        weights = _signed_weights(*features, visible, log_fading)
     output = swap_heads(tf.matmul(weights, value))
     if repeats > 1:
         output = heads.from_batch(output, repeats)
@@ -85,7 +92,7 @@ def _weights(log_query, log_key, visible, log_fading, is_near, exact):
     query, scale = scaling.exp_query(log_query, maximum)
     key = scaling.exp_key(log_key, maximum)
     scores = tf.matmul(query, key, transpose_b=True) * tf.exp(log_fading)
-    if is_near is not None:
+    if exact is not None:
         # One scale for both, the larger of theirs.
         top = tf.maximum(scale, scaling.row_maximum(exact))
         scores *= tf.exp(scale - top)
@@ -94,20 +101,25 @@ def _weights(log_query, log_key, visible, log_fading, is_near, exact):
     total = tf.reduce_sum(scores, axis=-1, keepdims=True)
 
     def pair_by_pair():
-        logits = _pairwise_logits(log_query, log_key) + log_fading
-        if is_near is not None:
-            logits = tf.where(is_near, exact, logits)
-        logits = tf.where(visible, logits, FLOOR)
-        weights = tf.exp(logits - scaling.row_maximum(logits))
-        weights = tf.where(visible, weights, 0.0)
-        total = tf.reduce_sum(weights, axis=-1, keepdims=True)
-        return tf.ensure_shape(scaling.safe_ratio(weights, total), scores.shape)
+        pairs = logits.of_features(log_query, log_key) + log_fading
+        if exact is not None:
+            pairs = tf.where(is_near, exact, pairs)
+        pairs = tf.where(visible, pairs, FLOOR)
+        return tf.ensure_shape(_softmax(pairs, visible), scores.shape)
 
     return tf.cond(
         scaling.is_exact(total, tf.reduce_any(visible, -1, keepdims=True)),
         lambda: scaling.safe_ratio(scores, total),
         pair_by_pair,
     )
+
+
+def _softmax(pairs, visible):
+    """Of logits, those of pairs that are not seen at the floor."""
+    weights = tf.exp(pairs - scaling.row_maximum(pairs))
+    weights = tf.where(visible, weights, 0.0)
+    total = tf.reduce_sum(weights, axis=-1, keepdims=True)
+    return scaling.safe_ratio(weights, total)
 
 
 def _signed_weights(query, key, visible, log_fading):
@@ -117,27 +129,6 @@ def _signed_weights(query, key, visible, log_fading):
     total = tf.reduce_sum(scores, axis=-1, keepdims=True)
     count = tf.reduce_sum(shares, axis=-1, keepdims=True)
     return tf.math.divide_no_nan(scores, scaling.guarded(total, count))
-
-
-def _near(lengths, key_mask, window):
-    """Which `(batch, 1, t, s)` are less than `window` visible keys apart."""
-    queries, keys = lengths
-    if key_mask is None:
-        counts = tf.range(keys)[tf.newaxis]
-    else:
-        counts = visible_tokens.running_count(key_mask)
-    of_query = tf.gather(
-        counts, tf.minimum(tf.range(queries), keys - 1), axis=1
-    )
-    distance = of_query[..., tf.newaxis] - counts[:, tf.newaxis]
-    return (tf.abs(distance) < window)[:, tf.newaxis]
-
-
-def _exact_logits(kernel, query, key):
-    """Logarithms of an `ExactKernel`, `(batch, heads, t, s)`."""
-    query = tf.einsum("bhtcd->bhctd", kernel.queries(query))
-    key = tf.einsum("bhscd->bhcds", kernel.keys(key))
-    return tf.reduce_logsumexp(precise_product(query, key), axis=2)
 
 
 def _log_fading(decay, query_length):
@@ -152,22 +143,6 @@ def _log_fading(decay, query_length):
     is_past = queries[:, tf.newaxis] >= keys
     difference = tf.where(is_past, -difference, difference)
     return tf.cast(difference, tf.float32)
-
-
-def _pairwise_logits(query, key):
-    """log Σ_f exp(query_tf + key_sf), one query at a time."""
-
-    def one(tokens, _, __, memory, ___):
-        ((query,), (key,)) = tokens, memory
-        logits = query[:, :, :, tf.newaxis] + key[:, :, tf.newaxis]
-        return [tf.reduce_logsumexp(logits, axis=-1)], [], True
-
-    batch, length = size_of(query, 0), size_of(query, 2)
-    one_by_one = Blocks(batch, length, None, batch, 1, 1)
-    (logits,), _ = scan(
-        one, [swap_heads(query)], one_by_one, results=1, memory=[key]
-    )
-    return swap_heads(logits)
 
 
 def _mask_to_batch(mask, batch, repeats):

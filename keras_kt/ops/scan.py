@@ -1,7 +1,7 @@
 """One scan over blocks of tokens, whose gradient runs the blocks again.
 
-It keeps inputs, results and what is carried into each block, so memory does not
-grow with what a block computes inside.
+It keeps inputs, results and what is carried into each block, unless that can be
+found again, so memory does not grow with what a block computes inside.
 """
 
 import tensorflow as tf
@@ -20,6 +20,7 @@ def scan(
     memory=(),
     constants=(),
     otherwise=None,
+    recall=None,
 ):
     """Walks `body` over the blocks of all sequences.
 
@@ -37,6 +38,9 @@ def scan(
         constants: a nest, such as a bound feature map, whose tensors all
             sequences share.
         otherwise: as `body`, run in its place where that was not exact.
+        recall: `(inputs, start, group, block) -> carry` for a carry that is
+            found again in the inputs, so that it need not be kept: from all
+            inputs, padded, and what went into the group's first block.
 
     Returns:
         The results, a list of `(batch, length, heads, dim)`, and the carry
@@ -69,16 +73,17 @@ def scan(
             carry = _restart(block == 0, [x[group] for x in start], carry)
             keep = blocks.keep(group, block)
             outputs, after, exact = steps.forward(keep, at(group, block, carry))
-            return [*outputs, *carry, *exact], after
+            return [*outputs, *exact, *(() if recall else carry)], after
 
         stacked, after, _ = _walk(
             forward,
             blocks,
             [x[0] for x in start],
-            results + len(start) + steps.may_fail,
+            results + steps.may_fail + (0 if recall else len(start)),
             len(start),
         )
-        kept = stacked[results:]
+        exacts = stacked[results:][: steps.may_fail]
+        kept = stacked[results + steps.may_fail :]
 
         def gradient(*upstream):
             of_results = [blocks.pad(x) for x in upstream[:results]]
@@ -88,10 +93,12 @@ def scan(
 
             def backward(group, block, sums):
                 index = group * blocks.count + block
-                carry, exact = (
-                    [x[index] for x in part]
-                    for part in (kept[: len(start)], kept[len(start) :])
-                )
+                exact = [x[index] for x in exacts]
+                if recall:
+                    of_group = [x[group] for x in start]
+                    carry = recall(inputs, of_group, group, block)
+                else:
+                    carry = [x[index] for x in kept]
                 sums[: len(last)] = _restart(
                     block == blocks.count - 1,
                     [x[group] for x in last],

@@ -45,13 +45,54 @@ class NearFieldState(NamedTuple):
     keep: tf.Tensor
 
 
+class WindowState(NamedTuple):
+    """State of a causal stream that sees a window of tokens, and no more.
+
+    Attributes:
+        key, value, decay: `(batch, window, heads, dim)`, the last tokens.
+        keep: `(batch, window)`, 1 where one of them is seen.
+    """
+
+    key: tf.Tensor
+    value: tf.Tensor
+    decay: tf.Tensor
+    keep: tf.Tensor
+
+
 def initial_state(
     batch_size, num_heads: int, feature_dim: int, value_dim: int
 ) -> AttentionState:
     """The state that has seen nothing."""
-    shapes = state_shapes(num_heads, feature_dim, value_dim)
+    return initial(state_shapes(num_heads, feature_dim, value_dim), batch_size)
+
+
+def initial(shapes, batch_size):
+    """The state of these shapes that has seen nothing."""
     state = zeros(shapes, batch_size)
-    return state._replace(maximum=state.maximum + FLOOR)
+    if isinstance(state, NearFieldState):
+        return state._replace(far=initial(shapes.far, batch_size))
+    if isinstance(state, AttentionState):
+        return state._replace(maximum=state.maximum + FLOOR)
+    return state
+
+
+def shapes(
+    num_heads: int,
+    feature_dim: int,
+    value_dim: int,
+    head_dim: int,
+    near_field: int | None = None,
+    sliding_window: int | None = None,
+):
+    """Shapes of the state's tensors of any stream, `None` for the batch."""
+    if sliding_window:
+        return window_state_shapes(
+            num_heads, value_dim, head_dim, sliding_window
+        )
+    sizes = num_heads, feature_dim, value_dim
+    if near_field:
+        return near_field_state_shapes(*sizes, head_dim, near_field)
+    return state_shapes(*sizes)
 
 
 def state_shapes(
@@ -64,27 +105,21 @@ def state_shapes(
     )
 
 
-def initial_near_field_state(
-    batch_size,
-    num_heads: int,
-    feature_dim: int,
-    value_dim: int,
-    head_dim: int,
-    window: int,
-) -> NearFieldState:
-    """The state that has seen nothing, with a window of tokens."""
-    sizes = num_heads, feature_dim, value_dim
-    shapes = near_field_state_shapes(*sizes, head_dim, window)
-    far = initial_state(batch_size, *sizes)
-    return zeros(shapes, batch_size)._replace(far=far)
-
-
 def near_field_state_shapes(
     num_heads: int, feature_dim: int, value_dim: int, head_dim: int, window: int
 ) -> NearFieldState:
     """Shapes of the state's tensors, `None` for the batch."""
     return NearFieldState(
         state_shapes(num_heads, feature_dim, value_dim),
+        *window_state_shapes(num_heads, value_dim, head_dim, window),
+    )
+
+
+def window_state_shapes(
+    num_heads: int, value_dim: int, head_dim: int, window: int
+) -> WindowState:
+    """Shapes of the state's tensors, `None` for the batch."""
+    return WindowState(
         *((None, window, num_heads, dim) for dim in (head_dim, value_dim, 1)),
         (None, window),
     )

@@ -72,6 +72,29 @@ def running_count(mask):
     return tf.reshape(counts, (batch, chunks * size))[:, :length]
 
 
+def within(lengths, key_mask, window):
+    """Which pairs are less than `window` visible keys apart.
+
+    Args:
+        lengths: numbers of queries and of keys.
+        key_mask: `(batch, key_length)` boolean, or `None`.
+        window: number of keys.
+
+    Returns:
+        `(batch or 1, 1, query_length, key_length)`, boolean.
+    """
+    queries, keys = lengths
+    if key_mask is None:
+        counts = tf.range(keys)[tf.newaxis]
+    else:
+        counts = running_count(key_mask)
+    of_query = tf.gather(
+        counts, tf.minimum(tf.range(queries), keys - 1), axis=1
+    )
+    distance = of_query[..., tf.newaxis] - counts[:, tf.newaxis]
+    return (tf.abs(distance) < window)[:, tf.newaxis]
+
+
 def take(x, index):
     """Tokens of each sequence by their positions, the nearest if outside."""
     last = size_of(x, 1) - 1

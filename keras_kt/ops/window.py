@@ -1,4 +1,4 @@
-"""Weights that depend on the distance: an exact near field, and fading.
+"""Weights that depend on the distance: a window, and fading.
 
 Attention to disjoint sets of keys is merged by the logarithms of its
 normalizers: keys of a window by their exact kernel, those before it by features
@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras_kt.ops import band, linear, scaling, visible_tokens
 from keras_kt.ops.blocks import shares
 from keras_kt.ops.heads import repeat_rows, size_of
-from keras_kt.ops.states import NearFieldState
+from keras_kt.ops.states import NearFieldState, WindowState
 
 
 def attend(
@@ -51,22 +51,102 @@ def attend(
     past, far_state = _before(tokens, window), None
     if state is not None:
         far_state, *past = state
-    decay, order = tokens[2], None
+    near, last = _near(
+        query,
+        key,
+        value,
+        feature_map,
+        kernel,
+        window,
+        key_mask=key_mask,
+        decay=decay,
+        causal=causal,
+        past=past,
+    )
+    near = [_with_logarithm(sums) for sums in near]
+    order = None
     if key_mask is not None:
         order = visible_tokens.visible_order(key_mask)
         tokens = [order.move_together(x) for x in tokens]
     line = _join(past, tokens)
     if not causal:
         line = _join(line, _before(tokens, window + 1))
-    near = band.attend(
-        query, line, decay, order, kernel, window, both_sides=not causal
-    )
     walk = _Walk(query, order, feature_map, fades)
     far, far_state = walk.past(line, window, far_state)
     if causal:
-        last = _last(line, order, window)
-        return _merge(near, far), NearFieldState(far_state, *last)
-    return _merge(near, far, walk.future(line, window, window)), None
+        return _merge(*near, far), NearFieldState(far_state, *last)
+    return _merge(*near, far, walk.future(line, window, window)), None
+
+
+def sliding(
+    query,
+    key,
+    value,
+    feature_map,
+    kernel,
+    window,
+    *,
+    key_mask=None,
+    decay=None,
+    causal=False,
+    state=None,
+):
+    """Weights of near keys, and none beyond. O(length · window) time.
+
+    Args:
+        query, key, value, feature_map, window, key_mask, decay, causal: as in
+            `attend`.
+        kernel: an `ExactKernel`, or `None` for the estimate by features.
+        state: `WindowState` of a causal stream to resume.
+
+    Returns:
+        Outputs as in `causal`, and the `WindowState` after the last token;
+        `None` where attention is not causal.
+    """
+    parts, last = _near(
+        query,
+        key,
+        value,
+        feature_map,
+        kernel,
+        window,
+        key_mask=key_mask,
+        decay=decay,
+        causal=causal,
+        past=state,
+    )
+    state = WindowState(*last) if causal else None
+    if kernel is None and not feature_map.positive:
+        sums = scaling.Sums(*(sum(x) for x in zip(*parts, strict=True)))
+        return scaling.divide(sums, is_signed=True)[0], state
+    if len(parts) == 1:
+        return scaling.divide(*parts, is_signed=False)[0], state
+    return _merge(*map(_with_logarithm, parts)), state
+
+
+def _near(query, key, value, *rule, key_mask, decay, causal, past):
+    """`Sums` of a window's keys up to each query, of those after, and the ring.
+
+    Args:
+        query, key, value, rule, key_mask, decay, past: as in `band.attend`.
+        causal: whether keys after the query are left out.
+    """
+    options = {"key_mask": key_mask, "decay": decay}
+    tokens = query, key, value
+    sums, last = band.attend(*tokens, *rule, past=past, **options)
+    if causal:
+        return [sums], last
+    tokens, options = tf.nest.map_structure(
+        lambda x: None if x is None else x[:, ::-1], (tokens, options)
+    )
+    ahead, _ = band.attend(*tokens, *rule, strict=True, **options)
+    return [sums, scaling.Sums(*(x[:, ::-1] for x in ahead))], None
+
+
+def _with_logarithm(sums):
+    """Outputs with the logarithms of their normalizers."""
+    output, normalizer = scaling.divide(sums, is_signed=False)
+    return output, scaling.absolute_log(normalizer, sums.scale)
 
 
 def fading(query, key, value, feature_map, decay, *, key_mask=None):
@@ -116,13 +196,6 @@ def _slots(x, order, offset, length):
     if order is None:
         return x[:, 1 + offset : 1 + offset + length]
     return visible_tokens.take(x, order.count + offset)
-
-
-def _last(line, order, window):
-    """The last tokens of a causal line."""
-    if order is None:
-        return [x[:, size_of(x, 1) - window :] for x in line]
-    return [order.last(x, window) for x in line]
 
 
 class _Walk(NamedTuple):
@@ -204,8 +277,7 @@ class _Walk(NamedTuple):
             state=state,
             with_scale=True,
         )
-        output, normalizer = scaling.divide(sums, is_signed=False)
-        return (output, scaling.absolute_log(normalizer, sums.scale)), state
+        return _with_logarithm(sums), state
 
     def _rows(self, decay):
         """The decay of each key-value head for all its query heads."""

@@ -53,10 +53,10 @@ def export_saved_model(
       `decoder_padding_mask` or `value_mask`. A row's next token follows from
       the output at its last True.
 
-    The fields of the i-th `AttentionState` or `NearFieldState` travel as
-    `state_i_maximum`, `state_i_sums` and so on, float32, the same names in and
-    out. Tokens have the name, shape and dtype of the first input of `serve`,
-    whose second axis is the length.
+    The fields of the i-th `AttentionState`, `NearFieldState` or `WindowState`
+    travel as `state_i_maximum`, `state_i_sums` and so on, float32, the same
+    names in and out. Tokens have the name, shape and dtype of the first input
+    of `serve`, whose second axis is the length.
 
     The version appears under its number when it is complete, as a server that
     watches the folder needs it.

@@ -8,9 +8,9 @@ import inspect
 
 import tensorflow as tf
 
-from keras_kt.ops.states import AttentionState, NearFieldState
+from keras_kt.ops.states import AttentionState, NearFieldState, WindowState
 
-_STATES = AttentionState, NearFieldState
+_STATES = AttentionState, NearFieldState, WindowState
 # Arguments of a model's `step` that are a mask of the tokens.
 _MASKS = "mask", "padding_mask", "decoder_padding_mask", "value_mask"
 
