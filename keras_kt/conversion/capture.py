@@ -23,6 +23,7 @@ from keras_kt.conversion.softmax import (
     nominal_logits,
     weighted,
 )
+from keras_kt.ops import visible_tokens
 
 
 class Heads(NamedTuple):
@@ -128,8 +129,9 @@ def taught(pairs, teacher, inputs):
     }
     sink = {}
     attend = functools.partial(_attend_softmax, sink, seams)
-    with kept_losses(teacher), recorded_calls(originals) as calls:
-        with attending(originals, attend):
+    # Recorded last: where a whole call is replaced, its own is not made.
+    with kept_losses(teacher), attending(originals, attend):
+        with recorded_calls(originals) as calls:
             teacher(inputs, training=False)
     given = {id(layer): arguments for layer, arguments, _ in calls}
     with attending([pair.layer for pair in pairs], attend):
@@ -166,6 +168,11 @@ def _attend_softmax(sink, seams, layer, query, key, value, visible):
     seam = seams.get(id(layer))
     if seam:
         query, key, value = seam.heads(query, key, value)
+    if seam and seam.window:
+        # It may have been the method's that is replaced.
+        lengths = tf.shape(query)[1], tf.shape(key)[1]
+        near = visible_tokens.within(lengths, None, seam.window)
+        visible = tf.logical_and(visible, near)
     logits = nominal_logits(layer, query, key)
     if seam and seam.slopes:
         logits += fading(seam.slopes, logits)

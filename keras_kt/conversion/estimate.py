@@ -1,8 +1,8 @@
 """A layer's estimate of attention on captured heads, against softmax's.
 
-By features, and by the near field where the layer has one, with the attention
-matrix formed. Errors, calibration and distillation all go by the same sums of
-squared differences. O(length²).
+By features, and by the near field or the window where the layer has one, with
+the attention matrix formed. Errors, calibration and distillation all go by the
+same sums of squared differences. O(length²).
 """
 
 import tensorflow as tf
@@ -12,7 +12,7 @@ from keras_kt.conversion.softmax import fixed_rates, weighted
 
 
 def estimate(layer, query, key, value, visible, prior=None):
-    """The layer's outputs and weights, by features and near field.
+    """The layer's outputs and weights, by features, near field or window.
 
     Args:
         layer: a built `KernelizedAttention`.
@@ -33,6 +33,10 @@ def estimate(layer, query, key, value, visible, prior=None):
         key_mask = tf.broadcast_to(key_mask, tf.shape(key)[:2])
         kernel = layer.feature_map.exact_kernel(prior)
         near = ops.NearField(kernel, layer.near_field)
+    elif layer.sliding_window:
+        # What is in the window, `visible` tells.
+        kernel = layer.feature_map.exact_kernel(prior)
+        near = ops.NearField(kernel, tf.shape(key)[1], has_far=False)
     decay = None
     if fixed_rates(layer) is not None:
         decay = layer.rates(key, None)
@@ -40,7 +44,7 @@ def estimate(layer, query, key, value, visible, prior=None):
         *layer.scaled(query, key),
         value,
         layer.feature_map.bind(
-            prior.stored_frequencies(), is_absolute=near is not None
+            prior.stored_frequencies(), is_absolute=bool(layer.near_field)
         ),
         key_mask=key_mask,
         attention_mask=visible,

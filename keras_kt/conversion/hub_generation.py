@@ -85,20 +85,37 @@ class _Generation:
     def _call_task(self, _, call, *args, **kwargs):
         """A model on a cache, which is KerasHub's own the first time."""
         arguments = _bound(call, args, kwargs)
-        if _is_packed(arguments["cache"]):
+        # Among themselves, parts of an image are not causal.
+        has_images = arguments.get("img_embeddings") is not None
+        if has_images or _is_packed(arguments["cache"]):
             return call(**arguments)
         cache = self._packed(arguments["cache"])
         logits, hidden, cache = call(**{**arguments, "cache": cache})
-        # Samplers may compare hidden states with those of all that is given,
-        # of which the last token has not been taken in.
-        shape = tf.shape(arguments["token_ids"])[0], 1
-        _, last, _ = call(
-            tf.slice(arguments["token_ids"], (0, self.taken), shape),
-            cache,
-            self.taken,
+        tokens = arguments["token_ids"]
+        return logits, self._completed(hidden, call, tokens, cache), cache
+
+    def _completed(self, hidden, call, tokens, cache):
+        """Hidden states of all tokens that every prompt has, the last one too.
+
+        That has not been taken in, and samplers may compare states with it.
+        """
+
+        def complete(position, hidden):
+            token = tf.gather(tokens, [position], axis=1)
+            _, last, _ = call(token, cache, position)
+            start = [0, position, 0]
+            hidden = keras.ops.slice_update(hidden, start, last)
+            return position + 1, hidden
+
+        # A loop of one: elsewhere XLA takes positions for constants, and would
+        # compile anew for each length of prompts.
+        _, hidden = tf.while_loop(
+            lambda position, _: position <= self.taken,
+            complete,
+            (self.taken, hidden),
+            maximum_iterations=1,
         )
-        hidden = keras.ops.slice_update(hidden, [0, self.taken, 0], last)
-        return logits, hidden, cache
+        return hidden
 
     def _packed(self, own):
         """States that have seen nothing, in the place of KerasHub's zeros."""
@@ -185,7 +202,7 @@ def _streaming_attention(block):
     """A block's attention if that can go on from a state, or `None`."""
     for layer in block._flatten_layers():
         if isinstance(layer, keras_hub.CachedKernelizedAttention):
-            return None if layer.sliding_window else layer
+            return layer
         if kernel_within(layer) is not None:
             return layer if layer.seam.is_causal else None
     return None

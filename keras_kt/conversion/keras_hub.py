@@ -70,14 +70,14 @@ class CachedKernelizedAttention(KernelizedAttention):
             )
         if hub_cache.is_packed(cache):
             return self._stream(query, value, key, cache, cache_update_index)
-        if self.decay or self.near_field or self.rotary_max_wavelength:
+        names = "decay", "near_field", "sliding_window", "rotary_max_wavelength"
+        given = {n: getattr(self, n) for n in names if getattr(self, n)}
+        if given:
             raise ValueError(
                 "A key-value cache does not tell how far its keys are, which "
-                "`decay`, `near_field` and `rotary_max_wavelength` go by. "
-                f"Received: a cache for {self.name!r} with decay="
-                f"{self.decay!r}, near_field={self.near_field}, "
-                f"rotary_max_wavelength={self.rotary_max_wavelength}. Convert "
-                "without them, or stream with `step`."
+                f"{' and '.join(f'`{name}`' for name in given)} go by. "
+                f"Received: a cache for {self.name!r} with {given}. Convert "
+                "without, or stream with `step`."
             )
         query = without_mask(query)
         keys, values = cache[:, 0], cache[:, 1]

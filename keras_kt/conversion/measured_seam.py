@@ -7,7 +7,6 @@ converted if it is softmax, and refused with the difference if it is not.
 
 import dataclasses
 import inspect
-import math
 
 import keras
 import numpy as np
@@ -57,9 +56,6 @@ def measured(layer, block):
         layer: a layer that `has_seam`.
         block: the layer that has it.
     """
-    window = _window(layer, block)
-    if window:
-        return f"has a sliding window of {window}"
     for name, what in _NO_SOFTMAX.items():
         if getattr(layer, name, None) is not None:
             return what
@@ -78,7 +74,15 @@ def _measured(layer, block):
     repeats = _repeats(key, value)
     few = key.shape[2] // repeats
     size = key.shape[-1]
-    seam = Seam(query.shape[2], few, size, value.shape[-1])
+    window = _window(layer, block)
+    seam = Seam(
+        query.shape[2],
+        few,
+        size,
+        value.shape[-1],
+        size**-0.5,
+        window=window,
+    )
     scale = _scale(layer, seam, repeats)
     error = _distance_from_softmax(layer, seam, repeats, scale)
     if not error < _tolerance(layer):
@@ -86,11 +90,13 @@ def _measured(layer, block):
             f"differs from softmax by {error:.2g} on random heads: with a "
             "bias, a cap or a norm of its logits?"
         )
-    method, is_causal = _mask_method(block, layer)
+    method, is_causal = _mask_method(block, layer, window)
+    if window and not is_causal:
+        return f"has a sliding window of {window} that is not causal"
     drops_weights = "training" in passed["options"]
     return dataclasses.replace(
         seam,
-        query_factor=scale * math.sqrt(size),
+        scale=scale,
         is_causal=is_causal,
         mask_method=method,
         weights_dropout=getattr(layer, "dropout", 0.0) if drops_weights else 0,
@@ -99,7 +105,7 @@ def _measured(layer, block):
 
 def _measured_inline(layer, block):
     width = _width(layer)
-    method, is_causal = _mask_method(block, layer)
+    method, is_causal = _mask_method(block, layer, None)
     if not is_causal:
         return "its block is not causal"
     padding = np.arange(13) < np.array([[13], [9]])
@@ -143,6 +149,7 @@ def _measured_inline(layer, block):
         count,
         size,
         value.shape[-1],
+        size**-0.5,
         is_causal=True,
         mask_method=method,
         weights_dropout=max(rates, default=0.0),
@@ -227,7 +234,7 @@ def _distance_from_softmax(layer, seam, repeats, scale):
     """The largest difference, causal and padded, of loud heads."""
     query, key, value = _random_heads(layer, seam, 2, 13)
     query = 3.0 * query
-    visible = _visible(2, 13) & np.tri(13, dtype=bool)
+    visible = _visible(2, 13) & _band(13, seam.window)
     visible[1, :, 9:] = False
     output = _attended(layer, query, key, value, visible, repeats)
     heads = (np.swapaxes(x, 1, 2) for x in (query * scale, key, value))
@@ -267,7 +274,7 @@ def _random_heads(layer, seam, batch, length):
     ]
 
 
-def _mask_method(block, layer):
+def _mask_method(block, layer, window):
     """The name of a block's method that makes the mask, and if it is causal.
 
     `None` where the block has none, or masks in a way of its own.
@@ -288,8 +295,10 @@ def _mask_method(block, layer):
                 call[other] = True
         mask = np.asarray(method(**call)).astype(bool)
         keys = np.broadcast_to(padding[:, np.newaxis], (2, 5, 5))
-        if np.array_equal(mask, keys & np.tri(5, dtype=bool)):
-            return name, True
+        # The window is the block's, or left to the layer.
+        for band in (None, window):
+            if np.array_equal(mask, keys & _band(5, band)):
+                return name, True
         both = keys & padding[:, :, np.newaxis]
         if np.array_equal(mask, both) or np.array_equal(mask, keys):
             return name, False
@@ -305,6 +314,12 @@ def _window(layer, block):
         if sizes and not is_off:
             return sizes[0]
     return None
+
+
+def _band(length, window):
+    """Which keys a query sees, causally."""
+    seen = np.tri(length, dtype=bool)
+    return seen & ~np.tri(length, k=-window, dtype=bool) if window else seen
 
 
 def _tolerance(layer):

@@ -28,13 +28,13 @@ class Seam:
     Attributes:
         num_heads, num_key_value_heads, key_dim, value_dim: as in
             `LinearAttention`.
-        query_factor: how many times as long queries are to be, so that scaling
-            by key_dim^(-1/4) on both sides is the softmax's own scale.
+        scale: softmax's factor of q·k.
         is_causal: whether its block masks the future.
         mask_method: name of the block's method for that; `None` without one.
         weights_dropout: rate of dropout on attention weights.
         slopes: how much the logits of each head fall with the distance, or
             `None`: they do not.
+        window: a query sees that many keys, itself the last; or `None`.
         is_inline: whether its call attends without a method for that.
     """
 
@@ -42,17 +42,20 @@ class Seam:
     num_key_value_heads: int
     key_dim: int
     value_dim: int
-    query_factor: float = 1.0
+    scale: float
     is_causal: bool = False
     mask_method: str | None = None
     weights_dropout: float = 0.0
     slopes: tuple | None = None
+    window: int | None = None
     is_inline: bool = False
 
     def heads(self, query, key, value):
         """Heads as the layer passes them, to what `LinearAttention` takes."""
-        if self.query_factor != 1.0:
-            query = query * tf.cast(self.query_factor, query.dtype)
+        # Which scales by key_dim^(-1/4) on both sides.
+        factor = self.scale * self.key_dim**0.5
+        if abs(factor - 1.0) > 1e-6:
+            query = query * tf.cast(factor, query.dtype)
         # Most layers repeat them; the features are of one.
         repeats = key.shape[2] // self.num_key_value_heads
         return query, key[:, :, ::repeats], value[:, :, ::repeats]
@@ -119,12 +122,14 @@ def _attend_heads(layer, query, key, value, attention_mask=None, training=None):
         options["attention_mask"] = tf.cast(mask[:, tf.newaxis], "bool")
     lengths = query.shape[1], key.shape[1]
     is_cached = mask is not None and lengths[0] != lengths[1]
-    if (inner.decay or inner.near_field) and is_cached:
+    by_distance = inner.decay or inner.near_field or inner.sliding_window
+    if by_distance and is_cached:
         raise ValueError(
             "A key-value cache does not tell how far its keys are, which "
-            "`decay` and `near_field` go by. Received: a cache for "
-            f"{layer.name!r} with decay={inner.decay!r}, near_field="
-            f"{inner.near_field}. Convert without them."
+            "`decay`, `near_field` and `sliding_window` go by. Received: a "
+            f"cache for {layer.name!r} with decay={inner.decay!r}, near_field="
+            f"{inner.near_field}, sliding_window={inner.sliding_window}. "
+            "Convert without them."
         )
     heads = inner(query, key, value, **options)
     heads = tf.cast(heads, layer.compute_dtype)

@@ -78,7 +78,6 @@ def problems_of(model, chosen, dropout, seams):
         for path, layer in chosen.items()
         if not refusal(layer, seams.get(path))
     }
-    calls = _traced_calls(model, list(supported.values()))
     apart = {
         id(attention) for _, attention in keras_hub.causal_attention(model)
     }
@@ -87,18 +86,23 @@ def problems_of(model, chosen, dropout, seams):
         for path, layer in supported.items()
         if path in seams and seams[path].mask_method
     }
+    # Layers with a seam have scores for nobody.
+    traced = [
+        layer
+        for path, layer in supported.items()
+        if path not in seams or id(layer) not in apart
+    ]
+    calls = _traced_calls(model, traced)
     problems = {}
     for path, layer in supported.items():
         needs = {
             need
             for called, arguments, _ in calls
             if called is layer
-            for need in _needs(arguments, id(layer) in apart)
+            for need in _needs(layer, arguments, id(layer) in apart)
         }
         if _drops_weights(layer, seams.get(path)) and dropout is None:
             needs.add("drops attention weights")
-        if path not in seams and layer.get_config().get("sliding_window"):
-            needs.add("has a sliding window")
         problems[path] = " and ".join(sorted(needs))
     return problems
 
@@ -107,8 +111,12 @@ def _drops_weights(layer, seam):
     return layer.dropout if seam is None else seam.weights_dropout
 
 
-def _needs(arguments, is_mask_apart):
-    """What a call needs the attention matrix for."""
+def _needs(layer, arguments, is_mask_apart):
+    """What a call needs the attention matrix for, or cannot have at all."""
+    if layer.get_config().get("sliding_window"):
+        lengths = {arguments[name].shape[1] for name in ("query", "value")}
+        if len(lengths - {None}) > 1:
+            yield "has a sliding window over another sequence"
     if arguments.get("return_attention_scores"):
         yield "returns its scores"
     mask = arguments.get("attention_mask")
@@ -120,7 +128,7 @@ def _needs(arguments, is_mask_apart):
 def _traced_calls(model, layers):
     """The calls of layers when a functional model runs, without running it."""
     inputs = getattr(model, "inputs", None)
-    if not inputs:
+    if not inputs or not layers:
         return []
     if not isinstance(model, keras.Sequential):
         inputs = model.input

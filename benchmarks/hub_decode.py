@@ -1,0 +1,160 @@
+"""Time of a token in KerasHub's `generate`: a cache of keys, or a state.
+
+A small Llama of 64-dim heads as it is, and converted; both go through their own
+`generate_step`, greedy, one compiled program for each length. What runs before
+the first token, prefill, is cut: caches are filled from one token, and the time
+of one new token is taken from that of several.
+
+    python benchmarks/hub_decode.py --output results/hub_decode.json
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import keras_hub
+import numpy as np
+import tensorflow as tf
+from rich.console import Console
+from rich.table import Table
+
+import keras_kt
+
+VOCABULARY = 256
+
+
+class Sampler(keras_hub.samplers.GreedySampler):
+    """Greedy; it keeps how many bytes the cache has."""
+
+    def __call__(self, *args, cache, **kwargs):
+        self.cache_bytes = cache.shape.num_elements() * cache.dtype.size
+        return super().__call__(*args, cache=cache, **kwargs)
+
+
+def language_model(args):
+    backbone = keras_hub.models.LlamaBackbone(
+        vocabulary_size=VOCABULARY,
+        num_layers=args.layers,
+        num_query_heads=args.heads,
+        num_key_value_heads=args.heads,
+        hidden_dim=args.heads * args.head_dim,
+        intermediate_dim=4 * args.heads * args.head_dim,
+    )
+    return keras_hub.models.LlamaCausalLM(backbone)
+
+
+def without_prefill(model):
+    """Lets a model begin with a cache that is full, of whatever."""
+    build_cache = model._build_cache
+
+    def build(token_ids):
+        hidden, cache = build_cache(token_ids[:, :1])
+        # Keys and values, not states.
+        if len(cache.shape) > 3:
+            cache = tf.repeat(cache, token_ids.shape[1], axis=3)
+        return hidden, cache
+
+    model._build_cache = build
+    model.compile(sampler=Sampler(), jit_compile=True)
+    return model.make_generate_function()
+
+
+def seconds_of_token(generate, args, position):
+    """Median seconds of a token after so many."""
+    length = position + args.tokens
+    ids = np.ones((args.batch, length), "int32")
+
+    def seconds(new_tokens):
+        given = np.arange(length) < length - new_tokens
+        mask = np.broadcast_to(given, ids.shape)
+        start = time.perf_counter()
+        output = generate({"token_ids": ids, "padding_mask": mask})
+        output["token_ids"].numpy()
+        return time.perf_counter() - start
+
+    seconds(args.tokens)
+    pairs = [(seconds(args.tokens), seconds(1)) for _ in range(args.repeats)]
+    return statistics.median(
+        (many - one) / (args.tokens - 1) for many, one in pairs
+    )
+
+
+def measure(args):
+    # Of the one token that fills the caches.
+    warnings.filterwarnings("ignore", "You are using a softmax over axis")
+    model = language_model(args)
+    converted, _ = keras_kt.convert_attention(model, seed=0)
+    rows = []
+    for name, task in (("original", model), ("converted", converted)):
+        generate = without_prefill(task)
+        for position in args.positions:
+            seconds = seconds_of_token(generate, args, position)
+            rows.append(
+                {
+                    "model": name,
+                    "position": position,
+                    "milliseconds": 1e3 * seconds,
+                    "cache_bytes": task.sampler.cache_bytes,
+                }
+            )
+    return rows
+
+
+def show(rows):
+    table = Table("model", "position", "ms per token", "cache, KiB")
+    for row in rows:
+        table.add_row(
+            row["model"],
+            f"{row['position']:,}",
+            f"{row['milliseconds']:.3f}",
+            f"{row['cache_bytes'] / 1024:,.0f}",
+        )
+    console = Console()
+    console.print(table)
+    times = {(x["model"], x["position"]): x["milliseconds"] for x in rows}
+    first, last = (f(x["position"] for x in rows) for f in (min, max))
+    growth = times["converted", last] / times["converted", first]
+    gain = times["original", last] / times["converted", last]
+    console.print(
+        f"converted: {growth:.2f} times the time of position {first:,} at "
+        f"{last:,}; there {gain:.1f} times the original's tokens per second"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--positions", type=int, nargs="+", default=[100, 16_384])
+    add("--batch", type=int, default=1)
+    add("--layers", type=int, default=4)
+    add("--heads", type=int, default=4)
+    add("--head-dim", type=int, default=64)
+    add("--tokens", type=int, default=65, help="new tokens of a run")
+    add("--repeats", type=int, default=5)
+    add("--output", type=Path, default="results/hub_decode.json")
+    args = parser.parse_args()
+    rows = measure(args)
+    show(rows)
+    gpus = tf.config.list_physical_devices("GPU")
+    details = [tf.config.experimental.get_device_details(x) for x in gpus]
+    modules = keras, keras_hub, tf, keras_kt
+    record = {
+        **{k: v for k, v in vars(args).items() if k != "output"},
+        "device": [x.get("device_name") for x in details] or platform.machine(),
+        "versions": {m.__name__: m.__version__ for m in modules},
+        "rows": rows,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
