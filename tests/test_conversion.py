@@ -276,7 +276,6 @@ def test_converted_blocks_travel_as_weights_and_refuse_a_config(tmp_path):
     "kwargs, mask, reason",
     [
         ({"dropout": 0.2}, False, "drops attention weights"),
-        ({"sliding_window": 3}, False, "has a sliding window"),
         ({}, True, "takes a dense mask"),
     ],
 )
@@ -304,14 +303,52 @@ def test_what_linear_attention_cannot_honour_is_a_choice(kwargs, mask, reason):
         arrays.append(np.random.default_rng(1).random((2, 11, 11)) < 0.5)
         arrays[1] |= np.eye(LENGTH, dtype=bool)
     with keras_kt.conversion.closed_form_attention(converted):
-        if not kwargs.get("sliding_window"):
-            np.testing.assert_allclose(
-                converted(arrays), model(arrays), atol=1e-5
-            )
+        np.testing.assert_allclose(converted(arrays), model(arrays), atol=1e-5)
     if "dropout" in kwargs:
         converted, report = keras_kt.convert_attention(model, dropout=0.1)
         assert len(report.converted) == 2
         assert "moved from weights" in str(report)
+
+
+def windowed(*, window=3, causal=True):
+    """Attention to a window, of tokens that may be padded."""
+    tokens = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(30, WIDTH, mask_zero=True)(tokens)
+    layer = attention("windowed", sliding_window=window)
+    y = layer(x, x, use_causal_mask=causal)
+    return perturbed(keras.Model(tokens, y))
+
+
+@pytest.mark.parametrize("causal", (True, False), ids=("causal", "both"))
+@pytest.mark.parametrize("padded", (None, "left", "right"))
+def test_a_sliding_window_is_converted_exactly(causal, padded):
+    model = windowed(causal=causal)
+    converted, report = keras_kt.convert_attention(model)
+    assert "in closed form inside its window" in str(report)
+    assert list(report.converted) == ["windowed"]
+    batch = 1 + np.asarray(tokens()) % 29
+    keep = np.ones(batch.shape, "bool")
+    if padded:
+        side = slice(4) if padded == "left" else slice(-4, None)
+        keep[:, side] = False
+    batch = np.where(keep, batch, 0)
+    # Where a query is masked softmax gives an average, ours nothing.
+    np.testing.assert_allclose(
+        converted(batch)[keep], model(batch)[keep], atol=1e-5
+    )
+    assert converted.get_layer("windowed").sliding_window == 3
+    errors = keras_kt.conversion.attention_error(converted, batch)
+    assert max(head.matrix for head in errors.heads) < 1e-5
+
+
+def test_a_window_on_another_sequence_is_kept():
+    query, value = keras.Input((5, WIDTH)), keras.Input((7, WIDTH))
+    y = attention("plain")(query, value)
+    y = attention("across", sliding_window=2)(y, value)
+    model = keras.Model([query, value], y)
+    _, report = keras_kt.convert_attention(model)
+    assert list(report.converted) == ["plain"]
+    assert "over another sequence" in report.kept["across"]
 
 
 def test_attention_of_another_kind_is_kept_with_the_reason():

@@ -30,6 +30,8 @@ FEATURES = {
     "gated decay, causal": ({"decay": "gated"}, CAUSAL),
     "near field": ({"near_field": 3}, {}),
     "near field, causal": ({"near_field": 3}, CAUSAL),
+    "sliding window": ({"sliding_window": 3}, {}),
+    "sliding window, causal": ({"sliding_window": 3}, CAUSAL),
     "inputs of rank 4": ({"attention_axes": 2}, {}),
 }
 RUNTIMES = (

@@ -134,6 +134,7 @@ def test_projection_survives_rounded_products(monkeypatch):
                 ({"feature_map": "trigonometric"}, 2),
                 ({"spectral_prior": "mixture"}, 8),
                 ({"near_field": 3}, 5),
+                ({"sliding_window": 3}, 1),
             )
         ),
     ],

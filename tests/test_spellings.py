@@ -148,6 +148,7 @@ OF_HEADS = {
     "value_dim": 7,
     "num_key_value_heads": 3,
     **{name: x for name, x in OPTIONS.items() if name != "use_bias"},
+    "sliding_window": 3,
     **KERAS,
 }
 BLOCK = {

@@ -26,6 +26,7 @@ LAYERS = (
     {"decay": "gated"},
     {"near_field": 3},
     {"near_field": 4, "decay": "gated", "spectral_prior": "mixture"},
+    {"sliding_window": 4, "decay": "gated"},
 )
 
 
@@ -164,7 +165,8 @@ def test_padded_steps_equal_steps_without_padding(options, side):
 @pytest.mark.parametrize("options", LAYERS[3:], ids=name_of)
 def test_masked_tokens_leave_the_window_as_it_was(options):
     """20 masked tokens after 12 real ones emptied a window of 8."""
-    layer = attention(**{**options, "near_field": 8})
+    name = next(iter(options))
+    layer = attention(**{**options, name: 8})
     x = array((2, 33, WIDTH))
     real = np.concatenate([x[:, :12], x[:, 32:]], 1)
     expected = layer(real, real, use_causal_mask=True)

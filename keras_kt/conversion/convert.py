@@ -39,9 +39,9 @@ def convert_attention(
 
     The original is left as it is. The copy has the class of the original and
     all of its weights, attention's projections included, and is not compiled.
-    What changes is the kernel: converted layers estimate softmax. Measure it
-    with `attention_error`, improve it with `calibrate`, then `distill`, then
-    `fit`.
+    What changes is the kernel: converted layers estimate softmax, but for those
+    with a `sliding_window`, which compute it. Measure it with
+    `attention_error`, improve it with `calibrate`, then `distill`, then `fit`.
 
     Functional models, nested or not, Sequential models and models whose
     blocks make their attention layers themselves (KerasHub's too) are
@@ -68,8 +68,8 @@ def convert_attention(
             weights to drop; with `None` (default), layers that drop attention
             weights are unsupported.
         on_unsupported: what to do with layers that use what linear attention
-            cannot honour (dropout of attention weights, dense masks, sliding
-            windows, attention scores). `"skip"` (default) keeps them softmax,
+            cannot honour (dropout of attention weights, dense masks, attention
+            scores). `"skip"` (default) keeps them softmax,
             `"quadratic"` converts them with implementation="quadratic" (and
             their rate of dropout on the outputs), `"error"` raises. Layers
             that are not MultiHeadAttention, or compute attention in a way of
@@ -223,11 +223,13 @@ def _entry(entry, made):
     notes = [problem] if problem else []
     if layer.dropout and kernelized.dropout:
         notes.append("dropout moved from weights to heads' outputs")
+    prior, feature_map = kernelized.spectral_prior, kernelized.feature_map
+    if kernelized.sliding_window and feature_map.has_exact_kernel(prior):
+        notes.append("in closed form inside its window")
     is_quadratic = kernelized.implementation == "quadratic"
     return ConvertedLayer(
         path,
         "quadratic" if is_quadratic else "linear",
-        kernelized.spectral_prior.num_frequencies
-        * kernelized.feature_map.sides,
+        prior.num_frequencies * feature_map.sides,
         "; ".join(notes),
     )

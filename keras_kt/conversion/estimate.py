@@ -1,8 +1,8 @@
 """A layer's estimate of attention on captured heads, against softmax's.
 
-By features, and by the near field where the layer has one, with the attention
-matrix formed. Errors, calibration and distillation all go by the same sums of
-squared differences. O(length²).
+By features, and by the near field or the window where the layer has one, with
+the attention matrix formed. Errors, calibration and distillation all go by the
+same sums of squared differences. O(length²).
 """
 
 import tensorflow as tf
@@ -11,7 +11,7 @@ from keras_kt import ops
 
 
 def estimate(layer, query, key, value, visible, prior=None):
-    """The layer's outputs and weights, by features and near field.
+    """The layer's outputs and weights, by features, near field or window.
 
     Args:
         layer: a built `KernelizedAttention`.
@@ -29,11 +29,15 @@ def estimate(layer, query, key, value, visible, prior=None):
     if layer.near_field:
         kernel = layer.feature_map.exact_kernel(prior)
         near = ops.NearField(kernel, layer.near_field)
+    elif layer.sliding_window:
+        # What is in the window, `visible` tells.
+        kernel = layer.feature_map.exact_kernel(prior)
+        near = ops.NearField(kernel, tf.shape(key)[1], has_far=False)
     return ops.attend_with_matrix(
         *layer.scaled(query, key),
         value,
         layer.feature_map.bind(
-            prior.stored_frequencies(), is_absolute=near is not None
+            prior.stored_frequencies(), is_absolute=bool(layer.near_field)
         ),
         attention_mask=visible,
         near=near,

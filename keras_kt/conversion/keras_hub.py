@@ -66,14 +66,22 @@ class CachedKernelizedAttention(KernelizedAttention):
                 training=training,
                 use_causal_mask=is_causal,
             )
-        if self.decay or self.near_field or self.rotary_max_wavelength:
+        options = {
+            name: getattr(self, name)
+            for name in (
+                "decay",
+                "near_field",
+                "sliding_window",
+                "rotary_max_wavelength",
+            )
+        }
+        given = {name: value for name, value in options.items() if value}
+        if given:
             raise ValueError(
                 "A key-value cache does not tell how far its keys are, which "
-                "`decay`, `near_field` and `rotary_max_wavelength` go by. "
-                f"Received: a cache for {self.name!r} with decay="
-                f"{self.decay!r}, near_field={self.near_field}, "
-                f"rotary_max_wavelength={self.rotary_max_wavelength}. Convert "
-                "without them, or stream with `step`."
+                f"{' and '.join(f'`{name}`' for name in given)} go by. "
+                f"Received: a cache for {self.name!r} with {given}. Convert "
+                "without, or stream with `step`."
             )
         query = without_mask(query)
         keys, values = cache[:, 0], cache[:, 1]

@@ -10,12 +10,15 @@ import tensorflow as tf
 
 from keras_kt.conversion.probe import replaced_attention
 from keras_kt.layers.attention import KernelizedAttention
+from keras_kt.ops import visible_tokens
 
 
-def visible_pairs(call):
+def visible_pairs(layer, call):
     """All masks of a call as one, for attention over one axis.
 
     Args:
+        layer: the layer that is called, of `KernelizedAttention` or
+            `MultiHeadAttention`, whose masks hold its window already.
         call: arguments by name, as in `probe.replaced_attention`.
 
     Returns:
@@ -33,6 +36,11 @@ def visible_pairs(call):
             mask = mask[:, tf.newaxis]
         visible = tf.logical_and(visible, mask)
     query_mask, key_mask = call.get("query_mask"), call.get("key_mask")
+    window = getattr(layer, "sliding_window", None)
+    if window is not None:
+        lengths = length, tf.shape(key)[1]
+        near = visible_tokens.within(lengths, key_mask, window)
+        visible = tf.logical_and(visible, near)
     if query_mask is not None:
         visible = tf.logical_and(visible, query_mask[:, None, :, None])
     if key_mask is not None:
@@ -76,7 +84,7 @@ def attending(layers, attend):
             tf.cast(call[name], tf.float32)
             for name in ("query", "key", "value")
         )
-        heads = attend(layer, q, k, v, visible_pairs(call))
+        heads = attend(layer, q, k, v, visible_pairs(layer, call))
         return tf.cast(heads, query.dtype), None
 
     with replaced_attention(layers, compute):

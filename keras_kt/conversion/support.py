@@ -55,18 +55,20 @@ def problems_of(model, chosen, dropout):
             need
             for called, arguments, _ in calls
             if called is layer
-            for need in _needs(arguments, id(layer) in causal)
+            for need in _needs(layer, arguments, id(layer) in causal)
         }
         if layer.dropout and dropout is None:
             needs.add("drops attention weights")
-        if layer.get_config().get("sliding_window"):
-            needs.add("has a sliding window")
         problems[path] = " and ".join(sorted(needs))
     return problems
 
 
-def _needs(arguments, is_causal_block):
-    """What a call needs the attention matrix for."""
+def _needs(layer, arguments, is_causal_block):
+    """What a call needs the attention matrix for, or cannot have at all."""
+    if layer.get_config().get("sliding_window"):
+        lengths = {arguments[name].shape[1] for name in ("query", "value")}
+        if len(lengths - {None}) > 1:
+            yield "has a sliding window over another sequence"
     if arguments.get("return_attention_scores"):
         yield "returns its scores"
     mask = arguments.get("attention_mask")

@@ -99,7 +99,7 @@ def _softmax_map(layer, call):
     logits = nominal_logits(
         layer, call["query"], call["key"], call.get("key_mask")
     )
-    return masked_softmax(logits, visible_pairs(call)).numpy()
+    return masked_softmax(logits, visible_pairs(layer, call)).numpy()
 
 
 def _closed_form_map(layer, call):
@@ -107,7 +107,7 @@ def _closed_form_map(layer, call):
     if layer.decay or layer.near_field or call["query"].shape.rank != 4:
         return None
     query, key = layer.scaled(call["query"], call["key"], call.get("key_mask"))
-    visible = visible_pairs(call).numpy()
+    visible = visible_pairs(layer, call).numpy()
     maps = []
     for q, k, seen in zip(query, key, visible, strict=True):
         q, k = (np.swapaxes(x, 0, 1) for x in (q, k))

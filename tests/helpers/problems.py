@@ -38,6 +38,7 @@ class Problem(NamedTuple):
         prior, feature_map: built, or `None` for bare log-features.
         arrays: query, key, value and decay, by name; no decay is `None`.
         near: number of tokens of an exact near field, 0 for none.
+        has_far: whether keys beyond are seen.
         mask: `(batch, keys)`, or `None`.
         causal: whether query t sees keys 0 … t only.
         upstream: cotangent of the output.
@@ -47,6 +48,7 @@ class Problem(NamedTuple):
     feature_map: object
     arrays: dict
     near: int
+    has_far: bool
     mask: np.ndarray | None
     causal: bool
     upstream: np.ndarray
@@ -57,6 +59,15 @@ class Problem(NamedTuple):
         return isinstance(self.feature_map, keras_kt.TrigonometricFeatures)
 
     @property
+    def is_exact(self):
+        """Whether the kernel of near keys is a closed form."""
+        return bool(
+            self.near
+            and self.prior is not None
+            and self.feature_map.has_exact_kernel(self.prior)
+        )
+
+    @property
     def weights(self):
         """Trainable weights that the map is made of."""
         if self.prior is None:
@@ -65,15 +76,14 @@ class Problem(NamedTuple):
         return [w for layer in layers for w in layer.trainable_weights]
 
 
-def bind(prior, feature_map, near=0):
+def bind(prior, feature_map, near=0, has_far=True):
     """A bound map, and the near field or `None`."""
-    if prior is None:
-        return Identity(), None
-    frequencies = prior()
-    bound = feature_map.bind(frequencies, is_absolute=bool(near))
-    if not near:
-        return bound, None
-    return bound, ops.NearField(feature_map.exact_kernel(prior), near)
+    kernel, bound = None, Identity()
+    if prior is not None:
+        is_absolute = bool(near and has_far)
+        bound = feature_map.bind(prior(), is_absolute=is_absolute)
+        kernel = feature_map.exact_kernel(prior)
+    return bound, ops.NearField(kernel, near, has_far) if near else None
 
 
 def bound_map(name):
@@ -134,7 +144,9 @@ def initial_state(key, value, bound, near):
     sizes = batch, heads, bound.width, value.shape[-1]
     if near is None:
         return states.initial_state(*sizes)
-    shapes = states.near_field_state_shapes(*sizes[1:], dim, near.window)
+    sizes = heads, bound.width, value.shape[-1], dim
+    fields = ("sliding_window", "near_field")
+    shapes = states.shapes(*sizes, **{fields[near.has_far]: near.window})
     return states.initial(shapes, batch)
 
 
@@ -173,7 +185,9 @@ def tensorflow_answer(algorithm, problem):
     wanted = [*tensors.values(), *(w.value for w in weights)]
     with tf.GradientTape() as tape:
         tape.watch(list(tensors.values()))
-        bound, near = bind(problem.prior, problem.feature_map, problem.near)
+        bound, near = bind(
+            problem.prior, problem.feature_map, problem.near, problem.has_far
+        )
         output = attend(
             algorithm, **tensors, bound=bound, near=near, mask=problem.mask
         )
@@ -200,6 +214,8 @@ def numpy_answer(problem):
     is_near = False
     if problem.near:
         is_near = reference.distances(keep, length) < problem.near
+    if not problem.has_far:
+        seen = seen & is_near
     matrix_of, weights, limit = _matrix(problem, is_near)
 
     def losses(axes=(0, 1), **changed):
@@ -246,7 +262,7 @@ def _matrix(problem, is_near):
         pair = now["query"], now["key"]
         phi = [reference.features(x, frequencies, kind) for x in pair]
         matrix = np.einsum("bhtf,bhsf->bhts", *phi)
-        if problem.near:
+        if problem.is_exact:
             exact = reference.gaussian_kernel(
                 *pair, frequencies, kind["prefactor"]
             )
@@ -295,6 +311,7 @@ def make(
     length=cases.LENGTH,
     keys=None,
     near=0,
+    has_far=True,
     fades=False,
     masked=False,
     scale=None,
@@ -317,7 +334,9 @@ def make(
     }
     upstream = upstream_of((*query.shape[:3], cases.VALUE_DIM))
     mask = mask_of(masked, keys)
-    return Problem(prior, feature_map, arrays, near, mask, causal, upstream)
+    return Problem(
+        prior, feature_map, arrays, near, has_far, mask, causal, upstream
+    )
 
 
 @functools.cache
