@@ -29,6 +29,13 @@ def cached(**kwargs):
     )
 
 
+def grouped(**kwargs):
+    return keras_kt.KernelizedGroupedQueryAttention(
+        **{"head_dim": 4, "num_query_heads": 6, "num_key_value_heads": 3}
+        | kwargs
+    )
+
+
 def of_heads(**kwargs):
     return keras_kt.LinearAttention(**{"num_heads": 6, "key_dim": 4} | kwargs)
 
@@ -118,6 +125,23 @@ ATTENTION = {
     **OPTIONS,
     **KERAS,
 }
+OF_ATTENTION_ALONE = {
+    "num_heads",
+    "key_dim",
+    "value_dim",
+    "output_shape",
+    "attention_axes",
+}
+GROUPED = {
+    "head_dim": 6,
+    "num_query_heads": 9,
+    "num_key_value_heads": 2,
+    **{
+        name: value
+        for name, value in ATTENTION.items()
+        if name not in OF_ATTENTION_ALONE
+    },
+}
 OF_HEADS = {
     "num_heads": 3,
     "key_dim": 5,
@@ -135,6 +159,7 @@ BLOCK = {
     "layer_norm_epsilon": 0.25,
     "normalize_first": True,
     "key_dim": 5,
+    "num_key_value_heads": 1,
     "local_context": 3,
     **INITIALIZERS,
     **OPTIONS,
@@ -194,6 +219,7 @@ CLASSES = {
         with_itself,
         ATTENTION,
     ),
+    keras_kt.KernelizedGroupedQueryAttention: (grouped, with_itself, GROUPED),
     keras_kt.LinearAttention: (of_heads, with_heads, OF_HEADS),
     keras_kt.KernelizedTransformerEncoder: (encoder, lambda f: f, BLOCK),
     keras_kt.KernelizedTransformerDecoder: (decoder, lambda f: f, BLOCK),
@@ -249,6 +275,7 @@ LOOKED_UP = {
 # What takes its arguments from a class above does not check them itself.
 DERIVED = {
     keras_kt.conversion.CachedKernelizedAttention: ATTENTION,
+    keras_kt.KernelizedGroupedQueryAttention: ATTENTION,
     keras_kt.KernelizedTransformerEncoder: {**OPTIONS, **INITIALIZERS},
     keras_kt.KernelizedTransformerDecoder: BLOCK,
     keras_kt.MixturePrior: GAUSSIAN,
