@@ -159,24 +159,31 @@ class Decoder(keras.Model):
 
 
 @pytest.mark.parametrize(
-    "jit_compile", (False, pytest.param(True, marks=pytest.mark.slow))
+    ("name", "jit_compile"),
+    (
+        ("inside", False),
+        pytest.param("list", False, marks=pytest.mark.slow),
+        pytest.param("right", False, marks=pytest.mark.slow),
+        pytest.param("left", True, marks=pytest.mark.slow),
+    ),
 )
-def test_prompts_of_a_decoder_equal_them_one_by_one(jit_compile):
+def test_prompts_of_a_decoder_equal_them_one_by_one(name, jit_compile):
     keras.utils.set_random_seed(0)
     model = Decoder()
     model(np.ones((1, 3), "int32"))
-    options = {"jit_compile": jit_compile, "num_return_sequences": 2}
+    given = {name: given for name, given, _ in forms()}[name]
     for temperature in (0, 9.0):
-        options["temperature"] = temperature
+        options = {"temperature": temperature, "num_return_sequences": 2}
         expected = one_by_one(model, 7, **options)
-        for name, given, _ in forms():
-            if name in ("list", "right", "inside"):
-                actual = keras_kt.generate(
-                    model, max_new_tokens=7, seed=SEEDS, **given, **options
-                )
-                np.testing.assert_array_equal(
-                    actual.numpy()[:, -7:], expected, err_msg=name
-                )
+        actual = keras_kt.generate(
+            model,
+            max_new_tokens=7,
+            seed=SEEDS,
+            jit_compile=jit_compile,
+            **given,
+            **options,
+        )
+        np.testing.assert_array_equal(actual.numpy()[:, -7:], expected)
         assert len(np.unique(expected)) > 3
 
 
