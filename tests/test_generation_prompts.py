@@ -141,7 +141,7 @@ class Decoder(keras.Model):
         super().__init__()
         self.embedding = keras.layers.Embedding(11, 12)
         self.block = keras_kt.KernelizedTransformerDecoder(
-            20, 3, local_context=3, near_field=2, normalize_first=True, seed=0
+            20, 3, local_context=3, normalize_first=True, seed=0
         )
         self.head = keras.layers.Dense(11, kernel_initializer="normal")
 
