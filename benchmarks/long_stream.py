@@ -63,18 +63,19 @@ def stream(tokens, per_call, options):
     keras.utils.set_random_seed(0)
     layer = keras_kt.KernelizedAttention(4, 8, seed=0, **options)
     layer(*[tf.zeros((1, 1, WIDTH))] * 2)
-    run = compiled(layer, per_call)
+    run = compiled(layer)
     calls = tokens // per_call
     start = layer.initial_state(1)
-    run(start, 0)  # traces
+    run(start, inputs(0, per_call))  # traces
     state, outputs, seconds, sizes = start, [], [], {bytes_of(start)}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "state.npz"
         for call in range(calls):
             if call == calls // 2:
                 np.savez(file, *tf.nest.flatten(state))
+            tokens_of_call = inputs(call, per_call)
             began = time.perf_counter()
-            state, output = run(state, call)
+            state, output = run(state, tokens_of_call)
             outputs.append(output.numpy())
             seconds.append((time.perf_counter() - began) / per_call)
             sizes.add(bytes_of(state))
@@ -83,7 +84,7 @@ def stream(tokens, per_call, options):
                 start, [arrays[name] for name in arrays.files]
             )
     for call in range(calls // 2, calls):
-        again, output = run(again, call)
+        again, output = run(again, inputs(call, per_call))
         np.testing.assert_array_equal(output, outputs[call])
     for one, other in zip(*map(tf.nest.flatten, (state, again)), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -108,12 +109,12 @@ def stream(tokens, per_call, options):
     }
 
 
-def compiled(layer, per_call):
-    """`(state, call)` to the state after a call's tokens, and the outputs."""
+def compiled(layer):
+    """`(state, tokens)` to the state after them, one by one, and outputs."""
 
     @tf.function(jit_compile=True, autograph=False)
-    def run(state, call):
-        tokens = inputs(call, per_call)
+    def run(state, tokens):
+        per_call = tokens.shape[1]
 
         def add(i, state, outputs):
             output, state = layer.step(tokens[:, i][:, tf.newaxis], state)
@@ -126,7 +127,7 @@ def compiled(layer, per_call):
         )
         return state, outputs.stack()
 
-    return lambda state, call: run(state, tf.constant(call))
+    return run
 
 
 def inputs(call, per_call):
