@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
-from benchmarks import approximation
+import keras_kt
+from benchmarks import approximation, long_stream
 from benchmarks.attention import report, timing
 from tests.helpers.scripts import command
 
@@ -120,3 +123,35 @@ def test_errors_of_approximations_are_one_a_row(tmp_path):
     assert (tmp_path / "x.csv").read_text() == (
         "tau,num_features,median,errors\n0.5,64,0.1,0.1 0.2\n"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"near_field": 3, "decay": "gated"}])
+def test_a_long_stream_equals_its_restart_and_the_whole_call(options):
+    """The script raises where a half differs, or where the state grows."""
+    record = long_stream.stream(20_000, 1000, options)
+    assert record["restart_equals"] and record["last_by_first"] > 0
+    keras.utils.set_random_seed(0)
+    layer = keras_kt.KernelizedAttention(4, 8, seed=0, **options)
+    run = long_stream.compiled(layer)
+    parts = [long_stream.inputs(i, 1000) for i in range(20)]
+    tokens = tf.concat(parts, 1)
+    whole = layer(tokens, tokens, use_causal_mask=True)[0]
+    state = layer.initial_state(1)
+    assert record["state_bytes"] == long_stream.bytes_of(state)
+    for call in range(20):
+        state, outputs = run(state, parts[call])
+        part = whole[1000 * call : 1000 * (call + 1)]
+        np.testing.assert_allclose(outputs, part, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_script_of_a_long_stream_writes_its_record(tmp_path):
+    script = ROOT / "benchmarks" / "long_stream.py"
+    path = tmp_path / "record.json"
+    flags = ["--tokens", "40", "--per-call", "10", "--output", str(path)]
+    done = subprocess.run(
+        [sys.executable, str(script), *flags], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(path.read_text())["tokens"] == 40

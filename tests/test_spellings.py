@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
+from tests.helpers.fading import Fading
 
 WIDTH = 6
 
@@ -405,6 +406,29 @@ def test_functions_take_every_spelling():
             pictures=spell(3),
         )
         system = keras_kt.paper_system(spell("GMM-RKS"), spell(4))
+        tokens = keras_kt.generate(
+            Fading(),
+            spell([[1, 2, 3], [4, 5, 6]]),
+            spell(5),
+            temperature=spell(2.0),
+            top_k=spell(7),
+            top_p=spell(0.75),
+            end_token=spell([1, 2]),
+            seed=spell([3, 4]),
+            jit_compile=spell(False),
+            prompt_mask=spell([[True, True, True], [False, True, True]]),
+            num_return_sequences=spell(2),
+        )
+        lengths = keras_kt.generate(
+            Fading(),
+            spell([[1, 2, 3], [4, 5, 6]]),
+            spell(5),
+            end_token=spell(1),
+            seed=spell(3),
+            prompt_lengths=spell([2, 3]),
+        )
+        state = keras_kt.gather_state({"x": X}, spell([1, 1]))
+        state = keras_kt.unstack_states(state, spell([2, 0]))
         results.append(
             (
                 errors,
@@ -415,6 +439,9 @@ def test_functions_take_every_spelling():
                     [monitor.every, monitor.distances, monitor.pictures]
                 ),
                 json.dumps(system["num_features"]),
+                tokens.numpy().tolist(),
+                lengths.numpy().tolist(),
+                [part["x"].numpy().tolist() for part in state],
             )
         )
     assert results[1] == results[0] and results[2] == results[0]
