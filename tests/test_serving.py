@@ -524,7 +524,7 @@ def test_wrong_exports_name_the_way_out(tmp_path, monkeypatch):
 
     wrong("must be a Keras model or layer", model=tf.sin)
     wrong("must be built.*Call it once", model=Decoder())
-    wrong("bidirectional model cannot stream", streaming=True)
+    wrong("without `use_causal_mask=True`", streaming=True)
     built = Decoder()
     built(tokens_of((2, 5)))
     wrong("`input_signature` is needed", model=built)

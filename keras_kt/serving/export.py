@@ -39,7 +39,8 @@ def export_saved_model(
     dict, else `output_0`, …. The stored draws of the frequencies are among the
     weights, so what is served is deterministic.
 
-    With `streaming=True` there are more, for a causal model or layer with
+    With `streaming=True` there are more, for a causal functional model, as
+    `streaming_model` makes it a stream, and for a model or layer with
     the methods `initial_state(batch_size)` and `step(tokens, state)` of
     `KernelizedAttention`, where the state is an `AttentionState` or a structure
     of such:
@@ -99,8 +100,8 @@ def export_saved_model(
         The folder that was written, `path/version`.
 
     Raises:
-        ValueError: if the model is unbuilt, lacks the methods of a streaming
-            model, the version exists, or a request fits no endpoint.
+        ValueError: if the model is unbuilt, cannot stream (what in it is
+            named), the version exists, or a request fits no endpoint.
         ImportError: if `warmup` is given without tensorflow-serving-api.
 
     Examples:

@@ -43,7 +43,9 @@ class Recurrence(TokenwiseCall):
             zero_output_for_mask=layer.zero_output_for_mask,
             dtype=layer.dtype_policy,
         )
-        states = tf.nest.flatten(self._layer.get_initial_state(1))
+        states = self._layer.get_initial_state(1)
+        self._structure = tf.nest.map_structure(lambda x: None, states)
+        states = tf.nest.flatten(states)
         width = layer.compute_output_shape(args[0].shape)[-1]
         self.shapes = ((width,), *(tuple(x.shape[1:]) for x in states))
 
@@ -57,8 +59,7 @@ class Recurrence(TokenwiseCall):
         """Runs the cell on from its states."""
         x, (before, *states) = args[0], state
         mask = both(mask_of(x, kwargs.get("mask")), stretch.keep)
-        like = self._layer.get_initial_state(1)
-        states = tf.nest.pack_sequence_as(like, states)
+        states = tf.nest.pack_sequence_as(self._structure, states)
         output, *states = self._layer(
             without_mask(x), initial_state=states, mask=mask, training=False
         )
