@@ -24,13 +24,14 @@ def run(name, *words, monkeypatch, **constants):
     module.main()
 
 
-def test_there_are_six_short_ones():
+def test_there_are_seven_short_ones():
     lines = {
         path.stem: len(path.read_text().splitlines())
         for path in EXAMPLES.rglob("*")
         if path.suffix != ".pyc" and path.is_file()
     }
     assert set(lines) == {
+        "convert_llm",
         "convert_pretrained",
         "distributed",
         "language_model",
@@ -63,6 +64,7 @@ def test_they_use_public_names_only(path):
         ("convert_pretrained", "--data-dir", "aclImdb_v1.tar.gz"),
         ("language_model", "--text", "gutenberg.org"),
         ("stream_text", "--text", "gutenberg.org"),
+        ("convert_llm", "--text", "gutenberg.org"),
     ],
 )
 def test_missing_data_say_where_they_are(
@@ -157,6 +159,33 @@ def test_stream_text_writes_the_same_without_the_package(
     # Learned, and shown twice.
     assert output.count("to be or not to be") >= 2
     assert (tmp_path / "out" / "1" / "saved_model.pb").exists()
+
+
+@pytest.mark.slow
+def test_a_language_model_is_converted_and_generates(
+    tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("keras_hub")
+    (tmp_path / "text").write_text("to be or not to be, that is it; " * 100)
+    run(
+        "convert_llm",
+        *("--text", tmp_path / "text", "--length", 16, "--width", 16),
+        *("--steps", 40, "--distill-steps", 3, "--fine-tune-steps", 3),
+        *("--features", 8, "--prompt", "to ", "--sample", 20, "--long", 20),
+        monkeypatch=monkeypatch,
+    )
+    output = capsys.readouterr().out
+    bits = dict(re.findall(r"^([\w -]+): ([\d.]+) bits", output, re.MULTILINE))
+    assert list(bits) == [
+        "softmax",
+        "converted",
+        "layers distilled",
+        "outputs distilled",
+        "fine-tuned",
+    ]
+    assert float(bits["fine-tuned"]) < 8.0
+    assert output.count(": linear, 8 features") == 2
+    assert len(output.rstrip("\n").split("\n")[-1]) >= 1
 
 
 @pytest.mark.slow

@@ -48,7 +48,8 @@ def distill(
         target: `"output"`: relative squared error of the heads' outputs.
             `"matrix"`: cross-entropy to the teacher's attention weights.
             `"both"` (default): their sum.
-        train_projections: whether query and key projections are trained too.
+        train_projections: whether query and key projections are trained too;
+            not those of KerasHub's models, whose layers rotate in between.
 
     Returns:
         The loss of each step, a list of dictionaries by layer.
@@ -75,6 +76,7 @@ def distill(
         variables += layer.spectral_prior.trainable_variables
         variables += layer.feature_map.trainable_variables
         if train_projections:
+            _check_projections(layer)
             variables += layer.query_dense.trainable_variables
             variables += layer.key_dense.trainable_variables
     if not variables:
@@ -107,6 +109,16 @@ def distill(
             losses = step(inputs)
         history.append({path: float(loss) for path, loss in losses.items()})
     return history
+
+
+def _check_projections(layer):
+    if not hasattr(layer, "query_dense"):
+        raise ValueError(
+            "`train_projections` must be False for attention that was "
+            "converted between projections of its own layer. Received: "
+            f"train_projections=True for {layer.name!r}. `distill_outputs` "
+            "trains all weights."
+        )
 
 
 def checked_rate(learning_rate):

@@ -1,0 +1,152 @@
+"""A KerasHub language model made linear: converted, distilled, generated from.
+
+Trains a small Llama of bytes, as a model that you have, and converts it: kernels
+take the place of softmax, all else stays. `distill` trains them on the original's
+attention, `distill_outputs` the whole on its predictions, without labels; then
+comes `fit`. Its own `generate` runs on states of fixed size after that:
+
+    pip install keras-hub
+    curl -o shakespeare.txt https://www.gutenberg.org/cache/epub/100/pg100.txt
+    python examples/convert_llm.py --text shakespeare.txt
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import keras_hub
+import numpy as np
+import tensorflow as tf
+
+import keras_kt
+from keras_kt import conversion
+
+BATCH_SIZE, HELD_OUT = 16, 0.05
+
+
+def main():
+    args = parse_args()
+    train, test = read(args)
+    keras.utils.set_random_seed(args.seed)
+    teacher = build(args)
+    fit(teacher, train, args.steps, 3e-3)
+    report("softmax", teacher, test)
+
+    options = {
+        "spectral_prior": keras_kt.EmpiricalPrior(tied=False),
+        "feature_map": keras_kt.PositiveFeatures("self"),
+        "num_features": args.features,
+    }
+    student, changes = keras_kt.convert_attention(teacher, **options)
+    print(changes)
+    report("converted", student, test)
+
+    steps = args.distill_steps
+    conversion.distill(student, teacher, train, steps=steps)
+    report("layers distilled", student, test)
+    rest = train.skip(steps)
+    conversion.distill_outputs(student, teacher, rest, steps=2 * steps)
+    report("outputs distilled", student, test)
+    fit(student, train.skip(3 * steps), args.fine_tune_steps, 1e-3)
+    report("fine-tuned", student, test)
+
+    for name, model in (("softmax", teacher), ("linear", student)):
+        model.compile(sampler="greedy")
+        generated(model, args, args.long)  # traces and compiles
+        start = time.perf_counter()
+        generated(model, args, args.long)
+        each = 1000.0 * (time.perf_counter() - start) / args.long
+        print(f"{name}: {each:.2f} ms a byte in a text of {args.long} bytes")
+    student.compile(sampler="top_k")
+    print(generated(student, args, args.sample))
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--text", type=Path, default="shakespeare.txt", help="a file")
+    add("--length", type=int, default=128, help="bytes; default: %(default)s")
+    add("--steps", type=int, default=1000, help="of the softmax model")
+    add("--distill-steps", type=int, default=60, help="default: %(default)s")
+    add("--fine-tune-steps", type=int, default=100, help="of the linear one")
+    add("--width", type=int, default=128, help="default: %(default)s")
+    add("--features", type=int, default=64, help="default: %(default)s")
+    add("--prompt", default="ROMEO.\n", help="what a sample goes on from")
+    add("--sample", type=int, default=200, help="bytes; default: %(default)s")
+    add("--long", type=int, default=2048, help="bytes of a timed text")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    return parser.parse_args()
+
+
+def read(args):
+    """Batches of windows of the text's bytes, each with what comes next."""
+    if not args.text.is_file() or args.text.stat().st_size < 40 * args.length:
+        sys.exit(
+            f"--text must be a text file of {40 * args.length} bytes or more. "
+            f"Received: {args.text}. Take any, or https://www.gutenberg.org/"
+            "cache/epub/100/pg100.txt."
+        )
+    text = np.fromfile(args.text, "uint8").astype("int32")
+    parts = np.split(text, [round((1.0 - HELD_OUT) * len(text))])
+    rng = np.random.default_rng(args.seed)
+
+    def batches(text, count):
+        starts = rng.integers(len(text) - args.length, size=(count, 1))
+        windows = text[starts + np.arange(args.length + 1)]
+        dataset = tf.data.Dataset.from_tensor_slices(windows)
+        return dataset.batch(BATCH_SIZE).map(example)
+
+    return batches(parts[0], args.steps * BATCH_SIZE), batches(parts[1], 256)
+
+
+def example(windows):
+    x = {"token_ids": windows[:, :-1]}
+    return x | {"padding_mask": tf.ones_like(windows[:, 1:])}, windows[:, 1:]
+
+
+def build(args):
+    """A Llama with two key-value heads for four of queries."""
+    backbone = keras_hub.models.LlamaBackbone(
+        vocabulary_size=256,
+        num_layers=2,
+        num_query_heads=4,
+        num_key_value_heads=2,
+        hidden_dim=args.width,
+        intermediate_dim=2 * args.width,
+    )
+    return keras_hub.models.LlamaCausalLM(backbone)
+
+
+def fit(model, data, steps, learning_rate):
+    schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=keras.optimizers.AdamW(schedule), loss=loss)
+    verbose = 1 if sys.stdout.isatty() else 2
+    options = {"steps_per_epoch": steps, "shuffle": False, "verbose": verbose}
+    model.fit(data.repeat(), **options)
+
+
+def report(stage, model, test):
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    nats = np.mean([loss(y, model(x, training=False)) for x, y in test])
+    print(f"{stage}: {nats / np.log(2.0):.3f} bits per byte", flush=True)
+
+
+def generated(model, args, length):
+    """The prompt's continuation to so many bytes."""
+    prompt = args.prompt.encode()
+    tokens = np.zeros((1, length), "int32")
+    tokens[0, : len(prompt)] = list(prompt)
+    mask = np.arange(length)[np.newaxis] < len(prompt)
+    given = {"token_ids": tokens, "padding_mask": mask.astype("int32")}
+    tokens = model.generate(given, stop_token_ids=None)["token_ids"][0]
+    return bytes(np.asarray(tokens, "uint8")).decode(errors="replace")
+
+
+if __name__ == "__main__":
+    main()
