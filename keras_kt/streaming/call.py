@@ -59,6 +59,19 @@ class TokenwiseCall:
         return self.operation(*args, **kwargs)
 
 
+class MaskedCall(TokenwiseCall):
+    """A tensor that gets a Keras mask: of a model called with one."""
+
+    def __init__(self):
+        self.operation = None
+
+    def call(self, args, kwargs):
+        """The first argument with the second as its mask."""
+        x = tf.identity(args[0])
+        x._keras_mask = args[1]
+        return x
+
+
 def parameters(operation):
     """The parameters of an operation's call, by name."""
     return inspect.signature(operation.call).parameters

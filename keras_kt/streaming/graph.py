@@ -11,6 +11,7 @@ import keras
 
 from keras_kt.streaming import dependence, protocol
 from keras_kt.streaming.call import (
+    MaskedCall,
     Refusal,
     TokenwiseCall,
     parameters,
@@ -127,16 +128,25 @@ class _Reader:
         return outputs
 
     def _visit_graph(self, model, place, args, kwargs):
-        # Masks come with the tensors.
-        given = kwargs.get("mask")
-        if given is not None or len(args) > 1:
-            refusal = Refusal(
-                "is called with a mask of its own",
-                "Let masks come with the tokens: `Embedding(mask_zero=True)`.",
-            )
-            raise self._error(model, place, args, kwargs, refusal)
-        inputs = keras.tree.flatten(args or kwargs.get("inputs"))
+        inputs = keras.tree.flatten(args[0] if args else kwargs["inputs"])
+        given = args[2] if len(args) > 2 else kwargs.get("mask")
+        masks = [None] * len(inputs)
+        masks = masks if given is None else keras.tree.flatten(given)
+        pairs = zip(inputs, masks, strict=True)
+        inputs = [self._masked(x, mask, place) for x, mask in pairs]
         return self.run(model, inputs, f"{place}/")
+
+    def _masked(self, x, mask, place):
+        """A symbolic tensor that carries a mask, as Keras hands it on."""
+        if mask is None:
+            return x
+        output = keras.KerasTensor(x.shape, x.dtype)
+        self.made_by[id(output)] = self.made_by[id(x)]
+        place = self._unused(f"{place}/mask")
+        self.instructions.append(
+            Instruction(place, MaskedCall(), (x, mask), {}, [output])
+        )
+        return output
 
     def _unused(self, place):
         taken = {instruction.place for instruction in self.instructions}
