@@ -51,11 +51,13 @@ def convert_attention(
     softmax of what it hands to a method `_compute_attention(query, key, value,
     attention_mask, …)`, grouped, rotated and windowed as it may be, or Falcon's
     and Bloom's with ALiBi, the layer stays, with a `LinearAttention` for that;
-    else the report says by how much it differs. A block or model of a class of its own must implement
-    `get_config`, and recreates softmax attention from it: save such a copy
-    with `save_weights` (and convert again to load), or export it; `.keras`
-    saving raises. Padded queries get a zero context, where softmax gives them
-    an average: outputs at padded positions differ.
+    else the report says by how much it differs.
+
+    A block or model of a class of its own must implement `get_config`, and
+    recreates softmax attention from it: save such a copy with `save_weights`
+    (and convert again to load), or export it; `.keras` saving raises. Padded
+    queries may get another context than softmax gives them: outputs at padded
+    positions differ.
 
     Args:
         model: a built model.
