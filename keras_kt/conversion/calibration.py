@@ -52,6 +52,8 @@ def calibrate(model, data, *, budget=None, batches=1, steps=300):
     compute does not change. Call it after `convert_attention` and before any
     training. Means are moved only where projections have biases, and the
     queries' only with the prior and map that `convert_attention` chooses.
+    Layers of other classes, which have something between projections and
+    heads, are left as they are, but for a budget.
 
     Args:
         model: a model from `convert_attention`.

@@ -1,8 +1,9 @@
 """Conversion: a trained model's softmax attention becomes linear.
 
 `convert_attention` copies a model and puts `KernelizedAttention` in the place
-of each `MultiHeadAttention`, with its projections. The kernel is then an
-estimate of softmax's, exp(q·k), by the features of the layer's spectral prior:
+of each `MultiHeadAttention`, with its projections, or a `LinearAttention` into
+layers of other classes, between theirs. The kernel is then an estimate of
+softmax's, exp(q·k), by the features of the layer's spectral prior:
 `attention_error` measures how close it is, `calibrate` brings it closer.
 """
 
@@ -46,11 +47,17 @@ def convert_attention(
 
     Functional models, nested or not, Sequential models and models whose
     blocks make their attention layers themselves (KerasHub's too) are
-    converted. A block or model of a class of its own must implement
-    `get_config`, and recreates softmax attention from it: save such a copy
-    with `save_weights` (and convert again to load), or export it; `.keras`
-    saving raises. Padded queries get a zero context, where softmax gives them
-    an average: outputs at padded positions differ.
+    converted. Attention of another class is tried on random inputs. Where it is
+    softmax of what it hands to a method `_compute_attention(query, key, value,
+    attention_mask, …)`, grouped, rotated and windowed as it may be, or Falcon's
+    and Bloom's with ALiBi, the layer stays, with a `LinearAttention` for that;
+    else the report says by how much it differs.
+
+    A block or model of a class of its own must implement `get_config`, and
+    recreates softmax attention from it: save such a copy with `save_weights`
+    (and convert again to load), or export it; `.keras` saving raises. Padded
+    queries may get another context than softmax gives them: outputs at padded
+    positions differ.
 
     Args:
         model: a built model.
@@ -73,9 +80,9 @@ def convert_attention(
             scores). `"skip"` (default) keeps them softmax,
             `"quadratic"` converts them with implementation="quadratic" (and
             their rate of dropout on the outputs), `"error"` raises. Layers
-            that are not MultiHeadAttention, or compute attention in a way of
-            their own, are always kept. Masks of models that are not functional
-            are not known before a call; there the layer itself says so.
+            whose attention is no softmax are always kept. Masks of models that
+            are not functional are not known before a call; there the layer
+            itself says so.
         seed: integer seed of the draws of frequencies.
         **kwargs: other keyword arguments of `KernelizedAttention`.
 
