@@ -1,9 +1,9 @@
 """A KerasHub language model made linear: converted, distilled, generated from.
 
-Trains a small Llama of bytes, as a model that you have, and converts it: kernels
-take the place of softmax, all else stays. `distill` trains them on the original's
-attention, `distill_outputs` the whole on its predictions, without labels; then
-comes `fit`. Its own `generate` runs on states of fixed size after that:
+Trains a small Llama of bytes, as a model that you have, and converts it:
+kernels take the place of softmax, all else stays. `distill` trains them on the
+original's attention, `distill_outputs` the whole on its predictions, and `fit`
+on the text. Its own `generate` runs on states of fixed size then:
 
     pip install keras-hub
     curl -o shakespeare.txt https://www.gutenberg.org/cache/epub/100/pg100.txt
@@ -27,6 +27,7 @@ import keras_kt
 from keras_kt import conversion
 
 BATCH_SIZE, HELD_OUT = 16, 0.05
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def main():
@@ -42,8 +43,8 @@ def main():
         "feature_map": keras_kt.PositiveFeatures("self"),
         "num_features": args.features,
     }
-    student, changes = keras_kt.convert_attention(teacher, **options)
-    print(changes)
+    student, layers = keras_kt.convert_attention(teacher, **options)
+    print(layers)
     report("converted", student, test)
 
     steps = args.distill_steps
@@ -124,24 +125,21 @@ def build(args):
 
 def fit(model, data, steps, learning_rate):
     schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer=keras.optimizers.AdamW(schedule), loss=loss)
+    model.compile(optimizer=keras.optimizers.AdamW(schedule), loss=LOSS)
     verbose = 1 if sys.stdout.isatty() else 2
     options = {"steps_per_epoch": steps, "shuffle": False, "verbose": verbose}
     model.fit(data.repeat(), **options)
 
 
 def report(stage, model, test):
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    nats = np.mean([loss(y, model(x, training=False)) for x, y in test])
+    nats = np.mean([LOSS(y, model(x, training=False)) for x, y in test])
     print(f"{stage}: {nats / np.log(2.0):.3f} bits per byte", flush=True)
 
 
 def generated(model, args, length):
     """The prompt's continuation to so many bytes."""
-    prompt = args.prompt.encode()
-    tokens = np.zeros((1, length), "int32")
-    tokens[0, : len(prompt)] = list(prompt)
+    prompt = list(args.prompt.encode())
+    tokens = np.array([prompt + [0] * (length - len(prompt))], "int32")
     mask = np.arange(length)[np.newaxis] < len(prompt)
     given = {"token_ids": tokens, "padding_mask": mask.astype("int32")}
     tokens = model.generate(given, stop_token_ids=None)["token_ids"][0]
