@@ -16,6 +16,9 @@ def layers():
         "near": keras_kt.LinearAttention(
             6, 5, 7, 3, num_features=14, near_field=4, seed=0
         ),
+        "window": keras_kt.LinearAttention(
+            6, 5, 7, 3, num_features=14, sliding_window=4, seed=0
+        ),
     }
 
 
@@ -25,7 +28,7 @@ def louder(state):
     )
 
 
-@pytest.mark.parametrize("name", ["far", "near"])
+@pytest.mark.parametrize("name", ["far", "near", "window"])
 @pytest.mark.parametrize("batch", [1, 13])
 def test_a_state_survives_packing_bit_by_bit(name, batch):
     layer = layers()[name]

@@ -85,11 +85,12 @@ class _Generation:
     def _call_task(self, _, call, *args, **kwargs):
         """A model on a cache, which is KerasHub's own the first time."""
         arguments = _bound(call, args, kwargs)
+        own = arguments["cache"]
         # Among themselves, parts of an image are not causal.
         has_images = arguments.get("img_embeddings") is not None
-        if has_images or _is_packed(arguments["cache"]):
+        if has_images or _is_packed(own) or not self._knows(own):
             return call(**arguments)
-        cache = self._packed(arguments["cache"])
+        cache = self._packed(own)
         logits, hidden, cache = call(**{**arguments, "cache": cache})
         tokens = arguments["token_ids"]
         return logits, self._completed(hidden, call, tokens, cache), cache
@@ -116,6 +117,15 @@ class _Generation:
             maximum_iterations=1,
         )
         return hidden
+
+    def _knows(self, own):
+        """Whether a cache is keys and values of each block, and no more."""
+        if tf.is_tensor(own):
+            return own.shape.rank == 6 and own.shape[1] == len(self.blocks)
+        return len(own) == len(self.blocks) and all(
+            len(pair) == 2 and {x.shape.rank for x in pair} == {4}
+            for pair in own
+        )
 
     def _packed(self, own):
         """States that have seen nothing, in the place of KerasHub's zeros."""
