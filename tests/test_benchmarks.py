@@ -98,6 +98,20 @@ def test_attention_measures_peaks():
     assert row["peak"] > 3 * size and row["tensors"] == 8 * size
 
 
+@pytest.mark.slow
+def test_window_compares_time_and_memory(tmp_path):
+    path = tmp_path / "window.json"
+    done = command(
+        *("benchmarks/window.py", "--lengths", 64, 128, "--window", 5),
+        *"--heads 2 --head-dim 4 --features 8 --repeats 1".split(),
+        *("--output", path),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["tokens"] for row in rows] == 6 * [64] + 6 * [128]
+    assert all(row["ratio"] > 0 for row in rows)
+
+
 def test_errors_of_approximations_are_one_a_row(tmp_path):
     rows = [
         {"tau": 0.5, "num_features": 64, "median": 0.1, "errors": [0.1, 0.2]}

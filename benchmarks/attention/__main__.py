@@ -44,6 +44,7 @@ def main():
     add("--heads", type=int, default=8)
     add("--head-dim", type=int, default=64)
     add("--features", type=int, default=128)
+    add("--window", type=int, default=256, help="keys that a window has")
     add("--repeats", type=int, default=9)
     add("--budget", type=float, default=10, help="seconds per slow column")
     add("--levels", nargs="+", default=["core", "layer"])

@@ -16,14 +16,28 @@ from keras_kt import kernels, ops
 
 # Scores of a quadratic column beyond this many bytes are not run.
 MAX_SCORE_BYTES = 3e9
+WINDOW = "ours causal in a window"
 
 
 def bound_map(args, feature_map):
     """One draw of our features, bound to the benchmark's sizes."""
-    prior = keras_kt.NormalPrior(seed=0)
-    prior.build((args.heads, args.features // 2, args.head_dim))
+    prior = _built_prior(args)
     feature_map.build(args.heads)
     return feature_map.bind(prior(), args.head_dim**-0.25)
+
+
+def _built_prior(args):
+    prior = keras_kt.NormalPrior(seed=0)
+    prior.build((args.heads, args.features // 2, args.head_dim))
+    return prior
+
+
+def exact_window(args):
+    """A window of keys by the kernel in closed form, and nothing beyond."""
+    kernel = keras_kt.PositiveFeatures().exact_kernel(
+        _built_prior(args), args.head_dim**-0.25
+    )
+    return ops.NearField(kernel, args.window, has_far=False)
 
 
 def softmax_core(query, key, value, causal=False):
@@ -109,6 +123,7 @@ def core_columns(args):
     columns = {
         "ours": ours(positive),
         "ours causal": ours(positive, causal=True),
+        WINDOW: ours(positive, causal=True, near=exact_window(args)),
         "ours trigonometric": ours(trigonometric),
         "ours trigonometric causal": ours(trigonometric, causal=True),
         "ours as a matrix": lambda *x: ops.attend_with_matrix(*x, positive)[0],

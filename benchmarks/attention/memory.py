@@ -34,25 +34,8 @@ def memory(args):
         ):
             if not is_affordable(name, args, 1, length):
                 continue
-            command = [
-                sys.executable,
-                *("-m", "benchmarks.attention"),
-                *("--peak", name, str(length), jit),
-                *("--heads", str(args.heads)),
-                *("--head-dim", str(args.head_dim)),
-                *("--features", str(args.features)),
-            ]
-            output = subprocess.run(
-                command,
-                cwd=ROOT,
-                # This process's packages, wherever they come from.
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            rows.append(json.loads(output.splitlines()[-1]))
-            row = rows[-1]
+            row = peak(args, name, length, jit)
+            rows.append(row)
             print(
                 f"  {name:12s} {jit:6s} {length:7d} tokens: peak "
                 f"{row['peak'] / 2**20:9.1f} MiB, "
@@ -61,6 +44,29 @@ def memory(args):
                 flush=True,
             )
     return rows
+
+
+def peak(args, name, length, jit):
+    """`peak_of_one` of a process of its own."""
+    command = [
+        sys.executable,
+        *("-m", "benchmarks.attention"),
+        *("--peak", name, str(length), jit),
+        *("--heads", str(args.heads)),
+        *("--head-dim", str(args.head_dim)),
+        *("--features", str(args.features)),
+        *("--window", str(args.window)),
+    ]
+    output = subprocess.run(
+        command,
+        cwd=ROOT,
+        # This process's packages, wherever they come from.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return json.loads(output.splitlines()[-1])
 
 
 def peak_of_one(args, name, length, jit):

@@ -1,0 +1,93 @@
+"""An exact sliding window against plain causal attention: time and memory.
+
+Of the core, heads in and out, at batch 1. Both columns run in turn, so that a
+busy machine slows them alike: read ratios, not milliseconds.
+
+    python benchmarks/window.py                 # 16,384 and 65,536 tokens
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import tensorflow as tf
+
+from benchmarks.attention.columns import (
+    WINDOW,
+    backward,
+    core_columns,
+    make_inputs,
+)
+from benchmarks.attention.memory import peak
+from benchmarks.attention.timing import measure
+
+CAUSAL = "ours causal"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--lengths", type=int, nargs="+", default=[16384, 65536])
+    add("--window", type=int, default=256)
+    add("--heads", type=int, default=8)
+    add("--head-dim", type=int, default=64)
+    add("--features", type=int, default=128)
+    add("--repeats", type=int, default=5)
+    add("--no-memory", action="store_true")
+    add("--output", type=Path, help="a JSON file for the record")
+    parser.set_defaults(model_garden=None)
+    args = parser.parse_args()
+    record = {
+        "arguments": {k: v for k, v in vars(args).items() if k != "output"},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "tensorflow": tf.__version__,
+        "rows": [row for n in args.lengths for row in rows_of(args, n)],
+    }
+    for row in record["rows"]:
+        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    if args.output:
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def rows_of(args, length):
+    """Medians of both columns in every mode, and peaks of training steps."""
+    inputs = make_inputs(args, "core", 1, length)
+    columns = {name: core_columns(args)[name] for name in (CAUSAL, WINDOW)}
+    runs = {}
+    for name, function in columns.items():
+        for mode, wanted in (
+            ("forward", function),
+            ("forward + backward", backward(function)),
+        ):
+            for jit in (False, True):
+                compiled = tf.function(wanted, jit_compile=jit, autograph=False)
+                runs[mode, jit, name] = lambda run=compiled: run(*inputs)
+    _, seconds = measure(runs, args.repeats)
+    for mode, jit in dict.fromkeys(key[:2] for key in runs):
+        causal, window = (
+            1e3 * float(np.median(seconds[mode, jit, name])) for name in columns
+        )
+        row = {"tokens": length, "mode": mode, "XLA": jit}
+        row |= {"causal ms": round(causal, 1), "window ms": round(window, 1)}
+        yield {**row, "ratio": round(window / causal, 2)}
+    for jit in () if args.no_memory else ("no-XLA", "XLA"):
+        causal, window = (
+            peak(args, name, length, jit)["peak"] / 2**20 for name in columns
+        )
+        row = {"tokens": length, "mode": "peak", "XLA": jit == "XLA"}
+        row |= {"causal MiB": round(causal), "window MiB": round(window)}
+        yield {**row, "ratio": round(window / causal, 2)}
+
+
+if __name__ == "__main__":
+    main()
