@@ -160,7 +160,7 @@ BLOCK = {
     "layer_norm_epsilon": 0.25,
     "normalize_first": True,
     "key_dim": 5,
-    "num_key_value_heads": 1,
+    "num_key_value_heads": 3,
     "local_context": 3,
     **INITIALIZERS,
     **OPTIONS,
