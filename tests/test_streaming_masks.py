@@ -208,7 +208,9 @@ def test_keras_masks_are_picked_up_by_call_and_step_alike(options, side):
     _, wanted = layer.step(bare, layer.initial_state(3), **masks)
     assert_same_state(state, wanted)
     _, unlike = layer.step(finite, layer.initial_state(3))
-    assert any(
+    # A window alone has forgotten what came before its last tokens.
+    forgets = side == "left" and "sliding_window" in options
+    assert forgets or any(
         np.abs(one - other).max() > 1e-3
         for one, other in zip(
             tf.nest.flatten(state), tf.nest.flatten(unlike), strict=True
