@@ -64,10 +64,23 @@ def precise_product(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
     product of the two lower parts, 2⁻¹⁶ of the result, is left out.
     """
     if not _rounds_products():
-        return tf.matmul(a, b)
+        return _product(a, b)
     (a_high, a_low), (b_high, b_low) = _split(a), _split(b)
-    small = tf.matmul(a_high, b_low) + tf.matmul(a_low, b_high)
-    return tf.matmul(a_high, b_high) + small
+    small = _product(a_high, b_low) + _product(a_low, b_high)
+    return _product(a_high, b_high) + small
+
+
+def _product(a, b):
+    """`a @ b`, where `b` may be one matrix for the whole batch."""
+    if b.shape.rank < 3 or any(size != 1 for size in b.shape[:-2]):
+        return tf.matmul(a, b)
+    # TensorFlow 2.21 on a CPU gives wrong numbers, and writes past its memory,
+    # where it broadcasts a single small matrix along several axes.
+    sizes = tf.shape(a)
+    lead = [size or sizes[i] for i, size in enumerate(a.shape[:-1])]
+    rows = tf.reshape(a, (-1, a.shape[-1]))
+    rows = tf.matmul(rows, tf.reshape(b, b.shape[-2:]))
+    return tf.reshape(rows, (*lead, b.shape[-1]))
 
 
 def _rounds_products():

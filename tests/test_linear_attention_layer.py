@@ -449,3 +449,29 @@ def test_wrong_rates_name_the_way_out():
         "`near_field` needs a kernel in closed form",
         lambda: make(near_field=2, feature_map="trigonometric"),
     )
+
+
+@pytest.mark.parametrize("key_dim", [2, 5, 16])
+@pytest.mark.parametrize("feature_map", ["positive", "trigonometric"])
+def test_one_small_head_is_right(feature_map, key_dim):
+    """TensorFlow's product of a batch with one small matrix was wrong, by up to
+    1e35, and wrote past its memory."""
+    layer = keras_kt.LinearAttention(1, key_dim, feature_map=feature_map)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 21, 1, key_dim)).astype("float32")
+    with tf.GradientTape() as tape:
+        inputs = tf.constant(x)
+        tape.watch(inputs)
+        output = layer(inputs, x, x, use_causal_mask=True)
+    gradient = tape.gradient(output, inputs)
+    features = layer.bound()
+    scaled, _ = layer.scaled(x, x)
+    projected = np.asarray(features.queries(tf.transpose(scaled, (0, 2, 1, 3))))
+    for row in range(2):
+        alone = layer(
+            x[row:][:1], x[row:][:1], x[row:][:1], use_causal_mask=True
+        )
+        np.testing.assert_allclose(output[row], alone[0], atol=1e-5)
+        one = features.queries(tf.transpose(scaled[row:][:1], (0, 2, 1, 3)))
+        np.testing.assert_allclose(projected[row], one[0], atol=1e-4)
+    assert np.isfinite(gradient).all() and np.abs(output).max() < 10.0

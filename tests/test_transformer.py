@@ -216,3 +216,31 @@ def _misses_encoder():
     x = normal(2, 5, WIDTH)
     block(x, x)
     block(x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decay": "constant"},
+        {"decay": "gated"},
+        {"near_field": 3},
+        {"sliding_window": 3},
+        {"rotary_max_wavelength": 100.0},
+    ],
+    ids=str,
+)
+def test_a_stream_attends_an_encoder_as_the_call_does(options):
+    """Its steps took each token for the first one, and weighed by distance."""
+    block = keras_kt.KernelizedTransformerDecoder(13, 2, **options)
+    rng = np.random.default_rng(3)
+    x, encoded = (
+        rng.normal(size=(2, length, 8)).astype("float32") for length in (7, 5)
+    )
+    expected = block(x, encoded)
+    state, outputs = block.initial_state(2), []
+    for tokens in (x[:, :3], x[:, 3:4], x[:, 4:]):
+        output, state = block.step(tokens, state, encoded)
+        outputs.append(output)
+    np.testing.assert_allclose(tf.concat(outputs, 1), expected, atol=1e-5)
+    # Whatever the encoder's tokens, their order does not matter.
+    np.testing.assert_allclose(block(x, encoded[:, ::-1]), expected, atol=1e-5)

@@ -14,6 +14,7 @@ from keras_kt.layers.local_context import LocalContext
 _OPTIONS = (
     "use_bias",
     "seed",
+    "sliding_window",
     *(
         name
         for name, parameter in inspect.signature(
@@ -22,6 +23,7 @@ _OPTIONS = (
         if parameter.kind is parameter.KEYWORD_ONLY
     ),
 )
+_OF_DISTANCE = "decay", "near_field", "sliding_window", "rotary_max_wavelength"
 
 
 class TransformerBlock(keras.layers.Layer):
@@ -91,8 +93,10 @@ class TransformerBlock(keras.layers.Layer):
         """
         options = dict(self.attention_options)
         if name == "cross_attention":
-            # Tokens of two sequences have no distance.
-            options.pop("rotary_max_wavelength", None)
+            # Tokens of two sequences have no distance, and a step does not know
+            # where its own stand.
+            for option in _OF_DISTANCE:
+                options.pop(option, None)
         kind, sizes = KernelizedAttention, (self.num_heads, key_dim)
         if self.num_key_value_heads is not None:
             kind = KernelizedGroupedQueryAttention
