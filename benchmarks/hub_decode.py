@@ -9,6 +9,7 @@ of one new token is taken from that of several.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -68,7 +69,7 @@ def without_prefill(model):
 
 
 def seconds_of_token(generate, args, position):
-    """Median seconds of a token after so many."""
+    """Seconds of a token after so many."""
     length = position + args.tokens
     ids = np.ones((args.batch, length), "int32")
 
@@ -80,11 +81,7 @@ def seconds_of_token(generate, args, position):
         output["token_ids"].numpy()
         return time.perf_counter() - start
 
-    seconds(args.tokens)
-    pairs = [(seconds(args.tokens), seconds(1)) for _ in range(args.repeats)]
-    return statistics.median(
-        (many - one) / (args.tokens - 1) for many, one in pairs
-    )
+    return (seconds(args.tokens) - seconds(1)) / (args.tokens - 1)
 
 
 def measure(args):
@@ -92,20 +89,27 @@ def measure(args):
     warnings.filterwarnings("ignore", "You are using a softmax over axis")
     model = language_model(args)
     converted, _ = keras_kt.convert_attention(model, seed=0)
-    rows = []
-    for name, task in (("original", model), ("converted", converted)):
-        generate = without_prefill(task)
-        for position in args.positions:
-            seconds = seconds_of_token(generate, args, position)
-            rows.append(
-                {
-                    "model": name,
-                    "position": position,
-                    "milliseconds": 1e3 * seconds,
-                    "cache_bytes": task.sampler.cache_bytes,
-                }
-            )
-    return rows
+    tasks = {"original": model, "converted": converted}
+    generates = {name: without_prefill(task) for name, task in tasks.items()}
+    cells = list(itertools.product(tasks, args.positions))
+    seconds, sizes = {cell: [] for cell in cells}, {}
+    # In turns, so that a machine that slows down does so for all; the first
+    # turn compiles.
+    for lap in range(1 + args.repeats):
+        for name, position in cells:
+            found = seconds_of_token(generates[name], args, position)
+            sizes.setdefault((name, position), tasks[name].sampler.cache_bytes)
+            if lap:
+                seconds[name, position].append(found)
+    return [
+        {
+            "model": name,
+            "position": position,
+            "milliseconds": 1e3 * statistics.median(seconds[name, position]),
+            "cache_bytes": sizes[name, position],
+        }
+        for name, position in cells
+    ]
 
 
 def show(rows):

@@ -134,7 +134,11 @@ def taught(pairs, teacher, inputs):
         with recorded_calls(originals) as calls:
             teacher(inputs, training=False)
     given = {id(layer): arguments for layer, arguments, _ in calls}
-    with attending([pair.layer for pair in pairs], attend):
+    holders = [pair.holder for pair in pairs]
+    with (
+        kept_losses(*holders),
+        attending([pair.layer for pair in pairs], attend),
+    ):
         for pair in pairs:
             pair.holder(**{**given[id(pair.original)], "training": False})
     found = {}

@@ -129,7 +129,7 @@ def kept_losses(*models):
     """Puts the losses of models back: a graph's are dead outside of it.
 
     Args:
-        models: the models, which are called within the context.
+        models: models or layers, which are called within the context.
     """
     layers = [
         layer
