@@ -157,7 +157,7 @@ def main():
         "rows": rows,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=1) + "\n")
+    args.output.write_text(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def main():
     record = stream(args.tokens, args.per_call, args.options)
     print(json.dumps(record, indent=2))
     if args.output:
-        args.output.write_text(json.dumps(record, indent=2) + "\n")
+        args.output.write_text(json.dumps(record) + "\n")
 
 
 def arguments():

@@ -56,7 +56,7 @@ def main():
     for row in record["rows"]:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     if args.output:
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        args.output.write_text(json.dumps(record) + "\n")
 
 
 def rows_of(args, length):
