@@ -5,7 +5,7 @@ A small Llama of 64-dim heads as it is, and converted; both go through their own
 the first token, prefill, is cut: caches are filled from one token, and the time
 of one new token is taken from that of several.
 
-    python benchmarks/hub_decode.py --output results/hub_decode.json
+    python benchmarks/hub_decode.py --output results/streams/hub_decode.json
 """
 
 import argparse
@@ -143,7 +143,7 @@ def main():
     add("--head-dim", type=int, default=64)
     add("--tokens", type=int, default=65, help="new tokens of a run")
     add("--repeats", type=int, default=5)
-    add("--output", type=Path, default="results/hub_decode.json")
+    add("--output", type=Path, default="results/streams/hub_decode.json")
     args = parser.parse_args()
     rows = measure(args)
     show(rows)

@@ -49,7 +49,9 @@ def main(argv):
             task = TASKS[name]
             data = task.arrays(train, args), task.arrays(test, args)
             run(name, seed, *data, args)
-    print(render(args.results))
+    table = render(args.results)
+    (args.results / "distill.md").write_text(table)
+    print(table)
 
 
 def parse_args(argv):
@@ -85,7 +87,7 @@ def run(name, seed, train, test, args):
     teacher, seconds = trained(name, seed, train, args)
     done = {
         tuple(row[key] for key in KEYS[:3])
-        for row in records.read(args.results)
+        for row in records.read(args.results, "stages")
     }
     reference = scored(task, teacher, test, args)
     for way in args.ways:
@@ -111,6 +113,7 @@ def run(name, seed, train, test, args):
                 | versions
                 for number, row in enumerate(rows)
             ],
+            name="stages",
             keys=KEYS,
         )
 
@@ -191,7 +194,7 @@ def scored(task, model, test, args):
 def render(folder):
     """Markdown: means over seeds, with standard errors, a line a stage."""
     lines = []
-    rows = records.read(folder)
+    rows = records.read(folder, "stages")
     for task, of_task in records.by(rows, lambda row: row["task"]).items():
         lines += [
             f"| {task}: way | stage | {of_task[0]['metric']} | less the "

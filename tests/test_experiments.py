@@ -149,6 +149,33 @@ def test_conversion_reports_every_stage(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_distillation_is_scored_by_stage_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr(script("convert_tasks"), "BLOCKS", 1)
+    toys.write_reviews(tmp_path)
+    study = tmp_path / "study"
+    words = [
+        *("distill", "--data-dir", tmp_path, "--results", study),
+        *("--work", tmp_path / "work"),
+        *"--steps 5 --batch-size 4 --words 8 --bytes 20 --features 32".split(),
+        *"--layer-steps 2 --output-steps 2 --test-examples 8".split(),
+    ]
+    experiment(*words, "--ways", "points", "--seeds", 0)
+    first = (study / "stages.csv").read_text()
+    experiment(*words, "--ways", "points", "near", "--seeds", 0, 1)
+    rows = records.read(study, "stages")
+    # What was there was not run again.
+    kept = [row for row in first.splitlines() if ",0,points," in row]
+    assert set(kept) <= set((study / "stages.csv").read_text().splitlines())
+    assert len(rows) == 2 * 2 * 2 * 4
+    for row in rows:
+        assert bool(row["near_alone"]) == (
+            row["way"] == "near" and row["stage"] != "softmax"
+        )
+    table = (study / "distill.md").read_text()
+    assert table.count("| near | outputs distilled |") == 2
+
+
+@pytest.mark.slow
 def test_sweep_runs_resumes_and_reports(tmp_path, capsys):
     words = [
         *("sweep", "--tasks", "sparsity"),
