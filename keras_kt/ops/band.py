@@ -63,7 +63,9 @@ def attend(
     def with_weights(weigh):
         def block(tokens, keep, ring, _, rule):
             sums, ring, exact = rows.attend(weigh, rule, tokens, keep, ring)
-            return [heads.join_rows(x, repeats) for x in sums], ring, exact
+            # One result, since LiteRT takes the arrays of two for one.
+            joined = tf.concat(list(sums), axis=-1)
+            return [heads.join_rows(joined, repeats)], ring, exact
 
         return block
 
@@ -72,17 +74,18 @@ def attend(
     order = None
     if key_mask is not None:
         order = visible_tokens.visible_order(key_mask)
-    sums, _ = scan(
+    (joined,), _ = scan(
         with_weights(weigh),
         inputs,
         of_tokens,
-        results=2,
+        results=1,
         carry=[rule.keys(key_ring), *ring],
         constants=rule,
         otherwise=otherwise and with_weights(otherwise),
         recall=_Recall(of_tokens, order, window, rule),
     )
-    sums = scaling.Sums(*(heads.unshare(x, repeats) for x in sums))
+    joined = heads.unshare(joined, repeats)
+    sums = scaling.Sums(joined[..., :-1], joined[..., -1:])
     return sums, _last(past, key, value, decay, order, window)
 
 
