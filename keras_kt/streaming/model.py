@@ -29,15 +29,14 @@ def streaming_model(model):
             causal. A model that has the methods already is returned as it is.
 
     Returns:
-        A `keras.Model` with the call of `model` and
-
-        * `initial_state(batch_size)`: the state of streams that have seen
-          nothing, a dict by the names of layers;
-        * `step(tokens, state, mask=None)`: outputs at the new tokens, as of the
-          whole call however the stream is cut, and the new state. Where `mask`,
-          `(batch, new_tokens)` boolean, is False, there is no token: it takes
-          no place in any layer, and outputs are zeros. Masks that layers make
-          (`Embedding(mask_zero=True)`) do what they do in the call.
+        A `keras.Model` with the call of `model` and two methods.
+        `initial_state(batch_size)` gives the state of streams that have seen
+        nothing, a dict by the names of layers. `step(tokens, state, mask=None)`
+        gives outputs at the new tokens, as of the whole call however the stream
+        is cut, and the new state. Where `mask`, `(batch, new_tokens)` boolean,
+        is False, there is no token: it takes no place in any layer, and outputs
+        are zeros. Masks that layers make (`Embedding(mask_zero=True)`) do what
+        they do in the call.
 
     Raises:
         ValueError: names the first layer or operation that cannot stream
