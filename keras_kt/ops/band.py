@@ -297,4 +297,5 @@ def _by_signed_features(query, key, seen, log_fading):
         shares *= tf.exp(log_fading)
     weights = tf.matmul(query, key, transpose_b=True) * shares
     count = tf.reduce_sum(shares, axis=-1, keepdims=True)
-    return weights, count + tf.zeros_like(weights[..., :1]), True
+    # Of the query, whose last axis has a static size.
+    return weights, count + tf.zeros_like(query[..., :1]), True
