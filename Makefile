@@ -4,13 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 # Test processes at a time.
 JOBS ?= 2
-# Tests that run in processes of their own: compiled programs stay in memory,
-# 12 GB of them after a thousand slow tests.
-HEAVY = tests/test_crossed.py tests/test_export_matrix.py
-HUB = tests/test_hub_families.py tests/test_hub_generation.py tests/test_keras_hub.py
-STREAMS = tests/test_sliding_window.py tests/test_streaming_masks.py \
-  tests/test_streaming_model.py tests/test_streams.py tests/test_transformer.py
-GROUPS = HEAVY HUB STREAMS
+# Files with slow tests, the longest first.
+LONGEST = $(patsubst %,tests/test_%.py,crossed sliding_window distance tfp_laws \
+  export_matrix hub_families streaming_model hub_generation)
+SLOW = $(LONGEST) $(filter-out $(LONGEST),$(shell grep -lE "mark.slow|one_quick" tests/test_*.py))
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: install demo test test-all lint conformance approximation docs tpu-check
@@ -26,10 +23,9 @@ test: install
 	$(VENV)/bin/python -m pytest -n $(JOBS) -m "not slow" tests
 
 # What `make test` leaves out: slow tests, and Keras's own.
+# A process for each file: compiled programs stay in memory.
 test-all: install
-	$(VENV)/bin/python -m pytest -n $(JOBS) -m slow tests \
-	  $(foreach group,$(GROUPS),$($(group):%=--ignore=%))
-	$(foreach group,$(GROUPS),$(VENV)/bin/python -m pytest -n $(JOBS) -m slow $($(group)) && ) true
+	printf '%s\n' $(SLOW) | xargs -P $(JOBS) -n 1 $(VENV)/bin/python -m pytest -m slow
 	$(MAKE) conformance
 
 # Keras's own tests of attention layers, with ours in their place.
