@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "systems": {"_checks", "features", "priors"},
     # How layers hand masks on, and the order of visible tokens.
     "streaming": {"layers", "ops"},
-    "generation": {"_checks", "ops", "streaming"},
+    "generation": {"_checks", "layers", "ops", "streaming"},
     "serving": {"_checks", "ops", "streaming"},
     "conversion": {
         "_checks",

@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
+from keras_kt.generation import loop
 from tests.helpers.fading import Fading
 
 VOCABULARY = 11
@@ -347,3 +348,35 @@ def test_bad_input_is_named(model, change, message):
     arguments = {"model": model, "prompt": PROMPT, "max_new_tokens": 3}
     with pytest.raises(ValueError, match=message):
         keras_kt.generate(**{**arguments, **change})
+
+
+def test_a_loop_evaluates_the_kernel_outside(model):
+    keras_kt.generate(model, PROMPT, 5, temperature=0)
+    options = loop.Options(1, True, None, False, False)
+    whole = loop.of_model(model, options).whole
+    traced = whole._list_all_concrete_functions()[0]
+    graph = traced.graph
+    body = next(
+        graph._get_function(op.get_attr("body").name).cached_definition
+        for op in graph.get_operations()
+        if op.type in ("While", "StatelessWhile")
+    )
+    # The scale of a normal prior is a softplus, which nothing else here is.
+    assert "Softplus" in {op.type for op in graph.get_operations()}
+    assert "Softplus" not in {node.op for node in body.node_def}
+
+
+def test_kernels_are_evaluated_again_where_a_function_is_traced_once():
+    """Its graph must hold no tensor of the loop that it was traced in."""
+    model = Decoder()
+    model(PROMPT)
+    model.step = tf.function(model.step)
+    plain = Decoder()
+    plain(PROMPT)
+    plain.set_weights(model.get_weights())
+    for count in (5, 7):
+        for prompt in (PROMPT, PROMPT[:, :1]):
+            np.testing.assert_array_equal(
+                keras_kt.generate(model, prompt, count, temperature=0),
+                keras_kt.generate(plain, prompt, count, temperature=0),
+            )

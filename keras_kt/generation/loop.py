@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_kt import streaming
 from keras_kt.generation import prompts, sampling
+from keras_kt.layers import evaluated
 from keras_kt.ops.streams import gather_state
 
 # Compiled functions of each model, by their options.
@@ -143,6 +144,10 @@ def _functions(model_of, options):
         return Rows(token, ended | is_end(token, settings), state)
 
     def whole(prompt, mask, count, settings):
+        with evaluated.once() as in_loop:
+            return continued(prompt, mask, count, settings, in_loop)
+
+    def continued(prompt, mask, count, settings, in_loop):
         rows = start(prompt, mask, settings)
         # What is never reached reads as the last token.
         tokens = tf.TensorArray(tf.int32, count, element_shape=rows.token.shape)
@@ -151,7 +156,8 @@ def _functions(model_of, options):
             return (position < count) & ~tf.reduce_all(rows.ended)
 
         def add(position, rows, tokens):
-            rows = advance(position, rows, settings)
+            with in_loop():
+                rows = advance(position, rows, settings)
             return position + 1, rows, tokens.write(position, rows.token)
 
         first = 1, rows, tokens.write(0, rows.token)

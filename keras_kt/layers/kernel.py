@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_kt import _checks, features, ops, priors
-from keras_kt.layers import rotary
+from keras_kt.layers import evaluated, rotary
 from keras_kt.layers.scaling import Decay, UnitNorm, checked_rates
 
 REDRAWS = ("never", "step")
@@ -269,12 +269,17 @@ class LearnedKernel(keras.layers.Layer):
             Float32 queries and keys, the map, and a `NearField` or `None`.
         """
         query, key, scale = self._normalized(query, key)
+        if not training:
+            return query, key, *evaluated.of(self, lambda: self._kernel(scale))
+        self._warn_of_norms()
         seed = None
-        if training:
-            self._warn_of_norms()
-        if training and self.redraw == "step":
+        if self.redraw == "step":
             seed = tf.cast(self._redraw_seed.next(), tf.int64) % (2**31 - 1)
             seed = tf.cast(seed, tf.int32)
+        return query, key, *self._kernel(scale, seed)
+
+    def _kernel(self, scale, seed=None):
+        """The bound map that scales heads, and a `NearField` or `None`."""
         frequencies = self._spectral_prior(seed=seed)
         near = None
         if self.near_field or self.sliding_window:
@@ -286,7 +291,7 @@ class LearnedKernel(keras.layers.Layer):
         feature_map = self._feature_map.bind(
             frequencies, scale, is_absolute=self.near_field is not None
         )
-        return query, key, feature_map, near
+        return feature_map, near
 
     def _warn_of_norms(self):
         if self._warned_of_norms or self.unit_norm is not None:
