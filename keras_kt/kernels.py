@@ -28,11 +28,10 @@ def softmax_attention(query, key, value, mask=None):
         `(…, query_length, key_length)`, float64.
 
     Examples:
-
-    >>> _, weights = keras_kt.kernels.softmax_attention(
-    ...     np.zeros((2, 4)), np.ones((5, 4)), np.ones((5, 3)))
-    >>> weights[0].tolist()
-    [0.2, 0.2, 0.2, 0.2, 0.2]
+        >>> _, weights = keras_kt.kernels.softmax_attention(
+        ...     np.zeros((2, 4)), np.ones((5, 4)), np.ones((5, 3)))
+        >>> weights[0].tolist()
+        [0.2, 0.2, 0.2, 0.2, 0.2]
     """
     logits = np.asarray(query, "float64") @ np.swapaxes(key, -1, -2)
     logits -= logits.max(axis=-1, keepdims=True)
@@ -51,11 +50,10 @@ def kernel_attention(kernel, value, mask=None):
         Outputs and weights; rows that see no key are zero.
 
     Examples:
-
-    >>> _, weights = keras_kt.kernels.kernel_attention(
-    ...     np.array([[1.0, 3.0]]), np.ones((2, 1)))
-    >>> weights.tolist()
-    [[0.25, 0.75]]
+        >>> _, weights = keras_kt.kernels.kernel_attention(
+        ...     np.array([[1.0, 3.0]]), np.ones((2, 1)))
+        >>> weights.tolist()
+        [[0.25, 0.75]]
     """
     kernel = np.asarray(kernel, "float64")
     if mask is not None:
@@ -83,15 +81,14 @@ def closed_form(prior, feature_map, x, y):
         `(heads, n, m)` float64.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(
-    ...     1, 4, spectral_prior=keras_kt.NormalPrior(radius="chi"))
-    >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
-    >>> x = 0.5 * np.ones((1, 4))
-    >>> kernel = keras_kt.kernels.closed_form(
-    ...     layer.spectral_prior, layer.feature_map, x, x)
-    >>> float(kernel[0, 0, 0].round(4)), round(float(np.exp(1.0)), 4)
-    (2.7183, 2.7183)
+        >>> layer = keras_kt.KernelizedAttention(
+        ...     1, 4, spectral_prior=keras_kt.NormalPrior(radius="chi"))
+        >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
+        >>> x = 0.5 * np.ones((1, 4))
+        >>> kernel = keras_kt.kernels.closed_form(
+        ...     layer.spectral_prior, layer.feature_map, x, x)
+        >>> float(kernel[0, 0, 0].round(4)), round(float(np.exp(1.0)), 4)
+        (2.7183, 2.7183)
     """
     x, y = (_each_head(points, prior.num_heads) for points in (x, y))
     return _kernel(_law_of(prior), feature_map, x, y)
@@ -108,14 +105,13 @@ def characteristic_function(prior, z):
         `(heads, n)` float64.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(
-    ...     1, 4, spectral_prior=keras_kt.NormalPrior(radius="chi"))
-    >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
-    >>> values = keras_kt.kernels.characteristic_function(
-    ...     layer.spectral_prior, 0.5 * np.ones((1, 4)))
-    >>> float(values[0, 0].round(4)), round(float(np.exp(-0.5)), 4)
-    (0.6065, 0.6065)
+        >>> layer = keras_kt.KernelizedAttention(
+        ...     1, 4, spectral_prior=keras_kt.NormalPrior(radius="chi"))
+        >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
+        >>> values = keras_kt.kernels.characteristic_function(
+        ...     layer.spectral_prior, 0.5 * np.ones((1, 4)))
+        >>> float(values[0, 0].round(4)), round(float(np.exp(-0.5)), 4)
+        (0.6065, 0.6065)
     """
     z = _each_head(z, prior.num_heads)
     return _law_of(prior).characteristic(z[:, :, None])[..., 0]
@@ -133,13 +129,12 @@ def from_frequencies(frequencies, feature_map, x, y):
         `(heads, n, m)` float64.
 
     Examples:
-
-    >>> feature_map = keras_kt.TrigonometricFeatures(smoothing=0.5)
-    >>> feature_map.build(1)
-    >>> kernel = keras_kt.kernels.from_frequencies(
-    ...     np.ones((1, 1, 2)), feature_map, np.zeros((1, 2)), np.zeros((1, 2)))
-    >>> kernel.round(4).tolist()
-    [[[1.5]]]
+        >>> feature_map = keras_kt.TrigonometricFeatures(smoothing=0.5)
+        >>> feature_map.build(1)
+        >>> kernel = keras_kt.kernels.from_frequencies(
+        ...     np.ones((1, 1, 2)), feature_map, *np.zeros((2, 1, 2)))
+        >>> kernel.round(4).tolist()
+        [[[1.5]]]
     """
     omega = np.asarray(frequencies, "float64")
     x, y = (_each_head(points, len(omega)) for points in (x, y))
@@ -282,9 +277,8 @@ def sphere_moment(squares, dim):
     E cos(√dim u·z) of −|z|². It is what rows of fixed radius estimate.
 
     Examples:
-
-    >>> float(keras_kt.kernels.sphere_moment(0.0, 8))
-    1.0
+        >>> float(keras_kt.kernels.sphere_moment(0.0, 8))
+        1.0
     """
     argument = np.asarray(squares, "float64") * dim / 4.0
     term = np.ones_like(argument)

@@ -72,14 +72,13 @@ def calibrate(model, data, *, budget=None, batches=1, steps=300):
         that it was calibrated on.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
-    >>> model, _ = keras_kt.convert_attention(keras.Model(x, y))
-    >>> batch = np.random.normal(size=(1, 50, 8)).astype("float32")
-    >>> report = keras_kt.conversion.calibrate(model, batch)
-    >>> len(report.before.heads), len(report.after.heads)
-    (2, 2)
+        >>> x = keras.Input((None, 8))
+        >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+        >>> model, _ = keras_kt.convert_attention(keras.Model(x, y))
+        >>> batch = np.random.normal(size=(1, 50, 8)).astype("float32")
+        >>> report = keras_kt.conversion.calibrate(model, batch)
+        >>> len(report.before.heads), len(report.after.heads)
+        (2, 2)
     """
     budget = _checks.number("budget", budget, optional=True)
     steps = _checks.integer("steps", steps, minimum=0)

@@ -90,13 +90,12 @@ def convert_attention(
         The converted copy, and a `ConversionReport`.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
-    >>> model = keras.Model(x, y)
-    >>> converted, report = keras_kt.convert_attention(model)
-    >>> print(report)
-    attention: linear, 8 features
+        >>> x = keras.Input((None, 8))
+        >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+        >>> model = keras.Model(x, y)
+        >>> converted, report = keras_kt.convert_attention(model)
+        >>> print(report)
+        attention: linear, 8 features
     """
     on_unsupported = _checks.choice(
         "on_unsupported", on_unsupported, ON_UNSUPPORTED

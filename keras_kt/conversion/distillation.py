@@ -55,15 +55,15 @@ def distill(
         The loss of each step, a list of dictionaries by layer.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
-    >>> softmax = keras.Model(x, y)
-    >>> linear, _ = keras_kt.convert_attention(softmax)
-    >>> batch = np.random.normal(size=(1, 50, 8)).astype("float32")
-    >>> history = keras_kt.conversion.distill(linear, softmax, batch, steps=3)
-    >>> len(history), list(history[0])
-    (3, ['attention'])
+        >>> x = keras.Input((None, 8))
+        >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+        >>> softmax = keras.Model(x, y)
+        >>> linear, _ = keras_kt.convert_attention(softmax)
+        >>> batch = np.random.normal(size=(1, 50, 8)).astype("float32")
+        >>> history = keras_kt.conversion.distill(
+        ...     linear, softmax, batch, steps=3)
+        >>> len(history), list(history[0])
+        (3, ['attention'])
     """
     target = _checks.choice("target", target, TARGETS)
     steps = _checks.integer("steps", steps, minimum=0)

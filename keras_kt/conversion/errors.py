@@ -102,14 +102,13 @@ def attention_error(model, data, *, teacher=None, batches=1):
         `AttentionErrors`.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
-    >>> model, _ = keras_kt.convert_attention(keras.Model(x, y))
-    >>> batch = np.random.normal(size=(1, 9, 8)).astype("float32")
-    >>> errors = keras_kt.conversion.attention_error(model, batch)
-    >>> len(errors.heads), list(errors.layers)
-    (2, ['attention'])
+        >>> x = keras.Input((None, 8))
+        >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+        >>> model, _ = keras_kt.convert_attention(keras.Model(x, y))
+        >>> batch = np.random.normal(size=(1, 9, 8)).astype("float32")
+        >>> errors = keras_kt.conversion.attention_error(model, batch)
+        >>> len(errors.heads), list(errors.layers)
+        (2, ['attention'])
     """
     captured = capture(model, data, batches, teacher)
     return errors_of(captured)

@@ -39,16 +39,15 @@ def distill_outputs(
         The loss of each step, a list of numbers.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
-    >>> softmax = keras.Model(x, keras.layers.Dense(3)(y))
-    >>> linear, _ = keras_kt.convert_attention(softmax)
-    >>> batch = np.random.normal(size=(1, 50, 8)).astype("float32")
-    >>> losses = keras_kt.conversion.distill_outputs(
-    ...     linear, softmax, batch, steps=3)
-    >>> len(losses)
-    3
+        >>> x = keras.Input((None, 8))
+        >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+        >>> softmax = keras.Model(x, keras.layers.Dense(3)(y))
+        >>> linear, _ = keras_kt.convert_attention(softmax)
+        >>> batch = np.random.normal(size=(1, 50, 8)).astype("float32")
+        >>> losses = keras_kt.conversion.distill_outputs(
+        ...     linear, softmax, batch, steps=3)
+        >>> len(losses)
+        3
     """
     steps = _checks.integer("steps", steps, minimum=0)
     if loss is not None and not callable(loss):

@@ -68,11 +68,10 @@ def health(model, data=None):
         List of `Finding`; empty if nothing was found.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(2, 4)
-    >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
-    >>> keras_kt.diagnostics.health(layer)
-    []
+        >>> layer = keras_kt.KernelizedAttention(2, 4)
+        >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
+        >>> keras_kt.diagnostics.health(layer)
+        []
     """
     if isinstance(model, KernelizedAttention):
         if data is not None:

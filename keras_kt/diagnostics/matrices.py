@@ -44,12 +44,12 @@ def attention_maps(model, data):
         List of `AttentionMap`, in the order of the model's layers.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
-    >>> maps = keras_kt.diagnostics.attention_maps(model, np.ones((1, 5, 8)))
-    >>> maps[0].weights.shape
-    (1, 2, 5, 5)
+        >>> x = keras.Input((None, 8))
+        >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
+        >>> x = np.ones((1, 5, 8))
+        >>> maps = keras_kt.diagnostics.attention_maps(model, x)
+        >>> maps[0].weights.shape
+        (1, 2, 5, 5)
     """
     return [
         AttentionMap(path, record.weights, _softmax_map(layer, record.call))
@@ -73,14 +73,13 @@ def kernel_errors(model, data):
         a layer that forgets or has a near field.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> attention = keras_kt.KernelizedAttention(2, 4, name="attention")
-    >>> model = keras.Model(x, attention(x, x))
-    >>> batch = np.random.normal(size=(1, 9, 8))
-    >>> errors = keras_kt.diagnostics.kernel_errors(model, batch)
-    >>> errors["attention"].shape
-    (2,)
+        >>> x = keras.Input((None, 8))
+        >>> attention = keras_kt.KernelizedAttention(2, 4, name="attention")
+        >>> model = keras.Model(x, attention(x, x))
+        >>> batch = np.random.normal(size=(1, 9, 8))
+        >>> errors = keras_kt.diagnostics.kernel_errors(model, batch)
+        >>> errors["attention"].shape
+        (2,)
     """
     errors = {}
     for path, layer, record in recorded(model, data, weights=True):

@@ -56,16 +56,15 @@ class SpectralMonitor(keras.callbacks.Callback):
             `plots.plot_history` draws them.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> attention = keras_kt.KernelizedAttention(2, 4, name="attention")
-    >>> model = keras.Model(x, attention(x, x))
-    >>> model.compile("sgd", "mse")
-    >>> batch = np.zeros((4, 6, 8))
-    >>> monitor = keras_kt.diagnostics.SpectralMonitor(tempfile.mkdtemp())
-    >>> _ = model.fit(batch, batch, callbacks=[monitor], verbose=0)
-    >>> sorted(monitor.history["attention"])
-    ['kernel']
+        >>> x = keras.Input((None, 8))
+        >>> attention = keras_kt.KernelizedAttention(2, 4, name="attention")
+        >>> model = keras.Model(x, attention(x, x))
+        >>> model.compile("sgd", "mse")
+        >>> batch = np.zeros((4, 6, 8))
+        >>> monitor = keras_kt.diagnostics.SpectralMonitor(tempfile.mkdtemp())
+        >>> _ = model.fit(batch, batch, callbacks=[monitor], verbose=0)
+        >>> sorted(monitor.history["attention"])
+        ['kernel']
     """
 
     def __init__(

@@ -24,10 +24,9 @@ def plot_kernels(layer, before=None):
         A matplotlib figure.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(2, 4)
-    >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
-    >>> figure = keras_kt.diagnostics.plots.plot_kernels(layer)
+        >>> layer = keras_kt.KernelizedAttention(2, 4)
+        >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
+        >>> figure = keras_kt.diagnostics.plots.plot_kernels(layer)
     """
     profile = kernel_profile(layer)
     figure, panel = _panel()
@@ -56,10 +55,9 @@ def plot_spectrum(layer, head=0):
         A matplotlib figure; areas are the frequencies' weights.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(2, 4)
-    >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
-    >>> figure = keras_kt.diagnostics.plots.plot_spectrum(layer, head=1)
+        >>> layer = keras_kt.KernelizedAttention(2, 4)
+        >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
+        >>> figure = keras_kt.diagnostics.plots.plot_spectrum(layer, head=1)
     """
     found = spectrum(layer)
     head = _index("head", head, len(found.frequencies))
@@ -95,11 +93,11 @@ def plot_attention(attention_map, head=0, example=0):
         A matplotlib figure. Shades are of the square root of the weights.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
-    >>> maps = keras_kt.diagnostics.attention_maps(model, np.ones((1, 5, 8)))
-    >>> figure = keras_kt.diagnostics.plots.plot_attention(maps[0], head=1)
+        >>> x = keras.Input((None, 8))
+        >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
+        >>> x = np.ones((1, 5, 8))
+        >>> maps = keras_kt.diagnostics.attention_maps(model, x)
+        >>> figure = keras_kt.diagnostics.plots.plot_attention(maps[0], head=1)
     """
     batch, heads = attention_map.weights.shape[:2]
     head = _index("head", head, heads)
@@ -136,13 +134,12 @@ def plot_errors(errors):
         A matplotlib figure.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
-    >>> model, _ = keras_kt.convert_attention(keras.Model(x, y))
-    >>> batch = np.random.normal(size=(1, 9, 8)).astype("float32")
-    >>> errors = keras_kt.conversion.attention_error(model, batch)
-    >>> figure = keras_kt.diagnostics.plots.plot_errors(errors)
+        >>> x = keras.Input((None, 8))
+        >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+        >>> model, _ = keras_kt.convert_attention(keras.Model(x, y))
+        >>> batch = np.random.normal(size=(1, 9, 8)).astype("float32")
+        >>> errors = keras_kt.conversion.attention_error(model, batch)
+        >>> figure = keras_kt.diagnostics.plots.plot_errors(errors)
     """
     figure, panel = _panel(width=max(4.0, 0.5 * len(errors.heads)))
     places = np.arange(len(errors.heads))
@@ -179,14 +176,13 @@ def plot_history(monitor, path=None):
         colors are heads, strokes are distances or a mixture's components.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
-    >>> model.compile("sgd", "mse")
-    >>> batch = np.zeros((4, 6, 8))
-    >>> monitor = keras_kt.diagnostics.SpectralMonitor(tempfile.mkdtemp())
-    >>> _ = model.fit(batch, batch, callbacks=[monitor], verbose=0)
-    >>> figure = keras_kt.diagnostics.plots.plot_history(monitor)
+        >>> x = keras.Input((None, 8))
+        >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
+        >>> model.compile("sgd", "mse")
+        >>> batch = np.zeros((4, 6, 8))
+        >>> monitor = keras_kt.diagnostics.SpectralMonitor(tempfile.mkdtemp())
+        >>> _ = model.fit(batch, batch, callbacks=[monitor], verbose=0)
+        >>> figure = keras_kt.diagnostics.plots.plot_history(monitor)
     """
     history = getattr(monitor, "history", None)
     # What `fit` returns has a history too, of losses.

@@ -58,11 +58,10 @@ def kernel_profile(layer, distances=None, *, directions=64, seed=0):
         `KernelProfile`.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(2, 4)
-    >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
-    >>> keras_kt.diagnostics.kernel_profile(layer, [0.0, 1.0]).kernel.shape
-    (2, 2)
+        >>> layer = keras_kt.KernelizedAttention(2, 4)
+        >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
+        >>> keras_kt.diagnostics.kernel_profile(layer, [0.0, 1.0]).kernel.shape
+        (2, 2)
     """
     check_layer(layer)
     if distances is None:
@@ -102,11 +101,10 @@ def spectrum(layer):
         `Spectrum`.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(2, 4, num_features=16)
-    >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
-    >>> keras_kt.diagnostics.spectrum(layer).frequencies.shape
-    (2, 8, 4)
+        >>> layer = keras_kt.KernelizedAttention(2, 4, num_features=16)
+        >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
+        >>> keras_kt.diagnostics.spectrum(layer).frequencies.shape
+        (2, 8, 4)
     """
     check_layer(layer)
     draw = layer.spectral_prior.stored_frequencies()

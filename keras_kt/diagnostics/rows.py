@@ -47,14 +47,13 @@ def row_sums(model, data):
         model of positive features only.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> attention = keras_kt.KernelizedAttention(
-    ...     2, 4, feature_map="trigonometric", name="attention")
-    >>> model = keras.Model(x, attention(x, x))
-    >>> batch = np.random.normal(size=(1, 50, 8))
-    >>> keras_kt.diagnostics.row_sums(model, batch)["attention"].least.shape
-    (2,)
+        >>> x = keras.Input((None, 8))
+        >>> attention = keras_kt.KernelizedAttention(
+        ...     2, 4, feature_map="trigonometric", name="attention")
+        >>> model = keras.Model(x, attention(x, x))
+        >>> batch = np.random.normal(size=(1, 50, 8))
+        >>> keras_kt.diagnostics.row_sums(model, batch)["attention"].least.shape
+        (2,)
     """
     if not any(is_signed(layer) for layer in layers_of(model).values()):
         return {}

@@ -24,14 +24,13 @@ def effective_features(model, data):
         Dictionary from paths to `(heads,)` arrays.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> attention = keras_kt.KernelizedAttention(2, 4, name="attention")
-    >>> model = keras.Model(x, attention(x, x))
-    >>> batch = np.random.normal(size=(1, 50, 8))
-    >>> counts = keras_kt.diagnostics.effective_features(model, batch)
-    >>> counts["attention"].shape
-    (2,)
+        >>> x = keras.Input((None, 8))
+        >>> attention = keras_kt.KernelizedAttention(2, 4, name="attention")
+        >>> model = keras.Model(x, attention(x, x))
+        >>> batch = np.random.normal(size=(1, 50, 8))
+        >>> counts = keras_kt.diagnostics.effective_features(model, batch)
+        >>> counts["attention"].shape
+        (2,)
     """
     counts = {}
     for path, layer, record in recorded(model, data):

@@ -199,11 +199,10 @@ class PositiveFeatures(FeatureMap):
         arXiv 2110.08323, equation 8; Choromanski et al., arXiv 2009.14794.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(
-    ...     2, 8, feature_map=keras_kt.PositiveFeatures("gaussian"))
-    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
-    TensorShape([1, 4, 3])
+        >>> layer = keras_kt.KernelizedAttention(
+        ...     2, 8, feature_map=keras_kt.PositiveFeatures("gaussian"))
+        >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+        TensorShape([1, 4, 3])
     """
 
     def __init__(self, prefactor="softmax", two_sided=True, **kwargs):

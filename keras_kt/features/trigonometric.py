@@ -73,11 +73,10 @@ class TrigonometricFeatures(FeatureMap):
         arXiv 2110.08323, equation 6; Rahimi and Recht, NeurIPS 2007.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(
-    ...     2, 8, feature_map=keras_kt.TrigonometricFeatures(smoothing=0.5))
-    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
-    TensorShape([1, 4, 3])
+        >>> layer = keras_kt.KernelizedAttention(
+        ...     2, 8, feature_map=keras_kt.TrigonometricFeatures(smoothing=0.5))
+        >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+        TensorShape([1, 4, 3])
     """
 
     sides = 2

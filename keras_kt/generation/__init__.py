@@ -82,28 +82,27 @@ def generate(
         same place in every row. Continuations of a prompt follow one another.
 
     Examples:
-
-    >>> class Decoder(keras.Model):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.embedding = keras.layers.Embedding(10, 8)
-    ...         self.block = keras_kt.KernelizedTransformerDecoder(16, 2)
-    ...         self.head = keras.layers.Dense(10)
-    ...     def call(self, tokens):
-    ...         return self.head(self.block(self.embedding(tokens)))
-    ...     def initial_state(self, batch_size):
-    ...         return self.block.initial_state(batch_size)
-    ...     def step(self, tokens, state, mask=None):
-    ...         x, state = self.block.step(
-    ...             self.embedding(tokens), state, decoder_padding_mask=mask
-    ...         )
-    ...         return self.head(x), state
-    >>> model = Decoder()
-    >>> _ = model(np.array([[1, 2, 3]]))
-    >>> keras_kt.generate(model, [[1, 2, 3]], 5, seed=0).shape
-    TensorShape([1, 8])
-    >>> keras_kt.generate(model, [[1, 2, 3], [4]], 5, top_p=0.9).shape
-    TensorShape([2, 8])
+        >>> class Decoder(keras.Model):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.embedding = keras.layers.Embedding(10, 8)
+        ...         self.block = keras_kt.KernelizedTransformerDecoder(16, 2)
+        ...         self.head = keras.layers.Dense(10)
+        ...     def call(self, tokens):
+        ...         return self.head(self.block(self.embedding(tokens)))
+        ...     def initial_state(self, batch_size):
+        ...         return self.block.initial_state(batch_size)
+        ...     def step(self, tokens, state, mask=None):
+        ...         x, state = self.block.step(
+        ...             self.embedding(tokens), state, decoder_padding_mask=mask
+        ...         )
+        ...         return self.head(x), state
+        >>> model = Decoder()
+        >>> _ = model(np.array([[1, 2, 3]]))
+        >>> keras_kt.generate(model, [[1, 2, 3]], 5, seed=0).shape
+        TensorShape([1, 8])
+        >>> keras_kt.generate(model, [[1, 2, 3], [4]], 5, top_p=0.9).shape
+        TensorShape([2, 8])
     """
     stream = streaming.stream_of(model)
     prompt, mask = prompts.read(prompt, prompt_mask, prompt_lengths)

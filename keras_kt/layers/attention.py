@@ -78,15 +78,14 @@ class KernelizedAttention(TokenAttention):
         `(batch, query_length, output_dim)`, and the weights if asked for.
 
     Examples:
-
-    >>> x = np.random.normal(size=(2, 100, 32)).astype("float32")
-    >>> layer = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
-    >>> layer(x, x, use_causal_mask=True).shape
-    TensorShape([2, 100, 32])
-    >>> state = layer.initial_state(batch_size=2)
-    >>> output, state = layer.step(x[:, :1], state)
-    >>> output.shape
-    TensorShape([2, 1, 32])
+        >>> x = np.random.normal(size=(2, 100, 32)).astype("float32")
+        >>> layer = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
+        >>> layer(x, x, use_causal_mask=True).shape
+        TensorShape([2, 100, 32])
+        >>> state = layer.initial_state(batch_size=2)
+        >>> output, state = layer.step(x[:, :1], state)
+        >>> output.shape
+        TensorShape([2, 1, 32])
 
     References:
         "On Learning the Transformer Kernel", arXiv 2110.08323.

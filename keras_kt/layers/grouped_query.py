@@ -54,16 +54,16 @@ class KernelizedGroupedQueryAttention(TokenAttention):
         `(batch, num_query_heads, query_length, key_length)`.
 
     Examples:
-
-    >>> x = np.random.normal(size=(2, 100, 32)).astype("float32")
-    >>> layer = keras_kt.KernelizedGroupedQueryAttention(
-    ...     head_dim=8, num_query_heads=4, num_key_value_heads=2
-    ... )
-    >>> layer(x, x, use_causal_mask=True).shape
-    TensorShape([2, 100, 32])
-    >>> output, state = layer.step(x[:, :1], layer.initial_state(batch_size=2))
-    >>> output.shape, state.sums.shape
-    (TensorShape([2, 1, 32]), TensorShape([2, 2, 9, 16]))
+        >>> x = np.random.normal(size=(2, 100, 32)).astype("float32")
+        >>> layer = keras_kt.KernelizedGroupedQueryAttention(
+        ...     head_dim=8, num_query_heads=4, num_key_value_heads=2
+        ... )
+        >>> layer(x, x, use_causal_mask=True).shape
+        TensorShape([2, 100, 32])
+        >>> state = layer.initial_state(batch_size=2)
+        >>> output, state = layer.step(x[:, :1], state)
+        >>> output.shape, state.sums.shape
+        (TensorShape([2, 1, 32]), TensorShape([2, 2, 9, 16]))
 
     References:
         "GQA: Training Generalized Multi-Query Transformer Models from

@@ -115,15 +115,14 @@ class LinearAttention(HeadStream, kernel.LearnedKernel):
         for.
 
     Examples:
-
-    >>> layer = keras_kt.LinearAttention(4, 8, num_key_value_heads=2)
-    >>> q, k, v = (np.ones((2, 100, heads, 8)) for heads in (4, 2, 2))
-    >>> layer(q, k, v, use_causal_mask=True).shape
-    TensorShape([2, 100, 4, 8])
-    >>> state = layer.initial_state(batch_size=2)
-    >>> output, state = layer.step(q[:, :1], k[:, :1], v[:, :1], state)
-    >>> output.shape
-    TensorShape([2, 1, 4, 8])
+        >>> layer = keras_kt.LinearAttention(4, 8, num_key_value_heads=2)
+        >>> q, k, v = (np.ones((2, 100, heads, 8)) for heads in (4, 2, 2))
+        >>> layer(q, k, v, use_causal_mask=True).shape
+        TensorShape([2, 100, 4, 8])
+        >>> state = layer.initial_state(batch_size=2)
+        >>> output, state = layer.step(q[:, :1], k[:, :1], v[:, :1], state)
+        >>> output.shape
+        TensorShape([2, 1, 4, 8])
     """
 
     def __init__(

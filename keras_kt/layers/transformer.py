@@ -67,12 +67,11 @@ class KernelizedTransformerEncoder(TransformerBlock):
         `(batch, length, width)`.
 
     Examples:
-
-    >>> block = keras_kt.KernelizedTransformerEncoder(
-    ...     64, num_heads=4, spectral_prior="mixture", normalize_first=True
-    ... )
-    >>> block(np.zeros((2, 50, 32), "float32")).shape
-    TensorShape([2, 50, 32])
+        >>> block = keras_kt.KernelizedTransformerEncoder(
+        ...     64, num_heads=4, spectral_prior="mixture", normalize_first=True
+        ... )
+        >>> block(np.zeros((2, 50, 32), "float32")).shape
+        TensorShape([2, 50, 32])
     """
 
     def build(self, inputs_shape):
@@ -140,14 +139,13 @@ class KernelizedTransformerDecoder(TransformerBlock):
         `(batch, length, width)`.
 
     Examples:
-
-    >>> block = keras_kt.KernelizedTransformerDecoder(64, num_heads=4)
-    >>> x = np.zeros((2, 50, 32), "float32")
-    >>> block(x).shape
-    TensorShape([2, 50, 32])
-    >>> output, state = block.step(x[:, :1], block.initial_state(2))
-    >>> output.shape
-    TensorShape([2, 1, 32])
+        >>> block = keras_kt.KernelizedTransformerDecoder(64, num_heads=4)
+        >>> x = np.zeros((2, 50, 32), "float32")
+        >>> block(x).shape
+        TensorShape([2, 50, 32])
+        >>> output, state = block.step(x[:, :1], block.initial_state(2))
+        >>> output.shape
+        TensorShape([2, 1, 32])
     """
 
     is_causal = True

@@ -24,11 +24,10 @@ def gather_state(state, indices):
         The same nest of tensors `(new_batch, …)`.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
-    >>> state = layer.initial_state(batch_size=2)
-    >>> keras_kt.gather_state(state, [0, 0, 1]).maximum.shape[0]
-    3
+        >>> layer = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
+        >>> state = layer.initial_state(batch_size=2)
+        >>> keras_kt.gather_state(state, [0, 0, 1]).maximum.shape[0]
+        3
     """
     state = _tensors(state)
     batch = _batch(state)
@@ -69,11 +68,10 @@ def stack_states(states):
         The same nest of tensors, joined along the batch.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
-    >>> states = [layer.initial_state(2), layer.initial_state(3)]
-    >>> keras_kt.stack_states(states).maximum.shape[0]
-    5
+        >>> layer = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
+        >>> states = [layer.initial_state(2), layer.initial_state(3)]
+        >>> keras_kt.stack_states(states).maximum.shape[0]
+        5
     """
     if not isinstance(states, (list, tuple)) or hasattr(states, "_fields"):
         raise ValueError(
@@ -111,14 +109,13 @@ def unstack_states(state, sizes=None):
         A list of such nests.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
-    >>> state = layer.initial_state(5)
-    >>> len(keras_kt.unstack_states(state))
-    5
-    >>> first, rest = keras_kt.unstack_states(state, [2, 3])
-    >>> rest.maximum.shape[0]
-    3
+        >>> layer = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
+        >>> state = layer.initial_state(5)
+        >>> len(keras_kt.unstack_states(state))
+        5
+        >>> first, rest = keras_kt.unstack_states(state, [2, 3])
+        >>> rest.maximum.shape[0]
+        3
     """
     state = _tensors(state)
     batch = _batch(state)

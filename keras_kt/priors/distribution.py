@@ -45,17 +45,16 @@ class DistributionPrior(SpectralPrior):
     they estimate the kernel of the symmetrised one.
 
     Examples:
-
-    >>> @keras.saving.register_keras_serializable("my_project")
-    ... def laplace(parameters):
-    ...     scale = tf.nn.softplus(parameters["scale"])
-    ...     return tfd.Independent(tfd.Laplace(parameters["loc"], scale), 1)
-    >>> prior = keras_kt.DistributionPrior(
-    ...     laplace, {"loc": "zeros", "scale": "ones"})
-    >>> layer = keras_kt.KernelizedAttention(
-    ...     2, 4, spectral_prior=prior, feature_map="trigonometric")
-    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
-    TensorShape([1, 4, 3])
+        >>> @keras.saving.register_keras_serializable("my_project")
+        ... def laplace(parameters):
+        ...     scale = tf.nn.softplus(parameters["scale"])
+        ...     return tfd.Independent(tfd.Laplace(parameters["loc"], scale), 1)
+        >>> prior = keras_kt.DistributionPrior(
+        ...     laplace, {"loc": "zeros", "scale": "ones"})
+        >>> layer = keras_kt.KernelizedAttention(
+        ...     2, 4, spectral_prior=prior, feature_map="trigonometric")
+        >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+        TensorShape([1, 4, 3])
     """
 
     has_known_law = True

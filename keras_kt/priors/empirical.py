@@ -28,13 +28,12 @@ class EmpiricalPrior(SpectralPrior):
         **kwargs: as in `SpectralPrior`.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(
-    ...     2, 8, spectral_prior=keras_kt.EmpiricalPrior(), num_features=32)
-    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
-    TensorShape([1, 4, 3])
-    >>> layer.spectral_prior.points.shape
-    TensorShape([2, 16, 8])
+        >>> layer = keras_kt.KernelizedAttention(
+        ...     2, 8, spectral_prior=keras_kt.EmpiricalPrior(), num_features=32)
+        >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+        TensorShape([1, 4, 3])
+        >>> layer.spectral_prior.points.shape
+        TensorShape([2, 16, 8])
     """
 
     has_draw = False

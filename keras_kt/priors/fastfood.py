@@ -32,11 +32,10 @@ class FastFoodPrior(SpectralPrior):
         Le, Sarlós, Smola, "Fastfood", ICML 2013; arXiv 2110.08323, section 3.2.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(
-    ...     2, 8, spectral_prior=keras_kt.FastFoodPrior())
-    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
-    TensorShape([1, 4, 3])
+        >>> layer = keras_kt.KernelizedAttention(
+        ...     2, 8, spectral_prior=keras_kt.FastFoodPrior())
+        >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+        TensorShape([1, 4, 3])
     """
 
     has_known_law = True

@@ -218,14 +218,13 @@ class NormalPrior(GaussianPrior):
         **kwargs: as in `SpectralPrior`.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(
-    ...     2, 8, spectral_prior=keras_kt.NormalPrior(covariance="full"))
-    >>> x = np.random.normal(size=(1, 16, 32))
-    >>> layer(x, x).shape
-    TensorShape([1, 16, 32])
-    >>> layer.spectral_prior.distribution().event_shape
-    TensorShape([8])
+        >>> layer = keras_kt.KernelizedAttention(
+        ...     2, 8, spectral_prior=keras_kt.NormalPrior(covariance="full"))
+        >>> x = np.random.normal(size=(1, 16, 32))
+        >>> layer(x, x).shape
+        TensorShape([1, 16, 32])
+        >>> layer.spectral_prior.distribution().event_shape
+        TensorShape([8])
     """
 
     def __init__(
@@ -278,11 +277,10 @@ class MixturePrior(GaussianPrior):
         **kwargs: as in `SpectralPrior`.
 
     Examples:
-
-    >>> prior = keras_kt.MixturePrior(num_components=2)
-    >>> layer = keras_kt.KernelizedAttention(2, 8, spectral_prior=prior)
-    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
-    TensorShape([1, 4, 3])
+        >>> prior = keras_kt.MixturePrior(num_components=2)
+        >>> layer = keras_kt.KernelizedAttention(2, 8, spectral_prior=prior)
+        >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+        TensorShape([1, 4, 3])
     """
 
     def __init__(

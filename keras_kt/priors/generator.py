@@ -47,11 +47,10 @@ class GeneratorPrior(SpectralPrior):
         arXiv 2110.08323, section 3.3; Li et al., "Implicit kernel learning".
 
     Examples:
-
-    >>> prior = keras_kt.GeneratorPrior(hidden_units=(32,))
-    >>> layer = keras_kt.KernelizedAttention(2, 8, spectral_prior=prior)
-    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
-    TensorShape([1, 4, 3])
+        >>> prior = keras_kt.GeneratorPrior(hidden_units=(32,))
+        >>> layer = keras_kt.KernelizedAttention(2, 8, spectral_prior=prior)
+        >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+        TensorShape([1, 4, 3])
     """
 
     def __init__(

@@ -44,18 +44,17 @@ def streaming_model(model):
             moves the axis of tokens), its place in the graph, and a way out.
 
     Examples:
-
-    >>> tokens = keras.Input((None,), dtype="int32")
-    >>> x = keras.layers.Embedding(100, 32)(tokens)
-    >>> x = keras.layers.Conv1D(32, 5, padding="causal")(x)
-    >>> attention = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
-    >>> x = x + attention(x, x, use_causal_mask=True)
-    >>> model = keras.Model(tokens, keras.layers.Dense(100)(x))
-    >>> stream = keras_kt.streaming_model(model)
-    >>> state = stream.initial_state(batch_size=1)
-    >>> logits, state = stream.step([[1, 2, 3]], state)
-    >>> logits.shape
-    TensorShape([1, 3, 100])
+        >>> tokens = keras.Input((None,), dtype="int32")
+        >>> x = keras.layers.Embedding(100, 32)(tokens)
+        >>> x = keras.layers.Conv1D(32, 5, padding="causal")(x)
+        >>> attention = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
+        >>> x = x + attention(x, x, use_causal_mask=True)
+        >>> model = keras.Model(tokens, keras.layers.Dense(100)(x))
+        >>> stream = keras_kt.streaming_model(model)
+        >>> state = stream.initial_state(batch_size=1)
+        >>> logits, state = stream.step([[1, 2, 3]], state)
+        >>> logits.shape
+        TensorShape([1, 3, 100])
     """
     if not protocol.missing_methods(model):
         return model
