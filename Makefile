@@ -59,7 +59,7 @@ approximation: install
 # The site, in site/; warnings are errors.
 docs: install
 	$(VENV)/bin/pip install -q -c constraints.txt -e '.[docs]'
-	$(VENV)/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 # Compiles for a TPU, without one; downloads about 330 MB.
 tpu-check: install

@@ -35,7 +35,16 @@ setup(
         "text": ["tensorflow-text>=2.18,<2.22"],
         # The TPU compiler; it uses jaxlib's private names, so one version.
         "tpu-check": ["jax[tpu]==0.10.2"],
-        "docs": ["mkdocs>=1.6,<2", "mkdocstrings[python]"],
+        "docs": [
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.6,<10",
+            "mkdocstrings[python]>=1",
+            "latex2mathml",
+            # Signatures are laid out by it.
+            "ruff",
+            # Searches the site as a browser does, in tests/test_site.py.
+            "lunr",
+        ],
         "test": [
             "pytest",
             "pytest-xdist",

@@ -276,6 +276,13 @@ def sphere_moment(squares, dim):
     The confluent series ₀F₁(; dim/2; dim |z|²/4); a negative argument gives
     E cos(√dim u·z) of −|z|². It is what rows of fixed radius estimate.
 
+    Args:
+        squares: |z|², an array of any shape; negative for the cosine.
+        dim: size of z.
+
+    Returns:
+        The moments, in the shape of `squares`.
+
     Examples:
         >>> float(keras_kt.kernels.sphere_moment(0.0, 8))
         1.0

@@ -19,6 +19,7 @@ PAPER_SYSTEMS = (
     "RBF-RKS",
     "RBF-PRF",
 )
+"""Names that `paper_system` takes: the six learned systems, three baselines."""
 
 
 def paper_system(name: str, key_dim: int = 64, *, mended=False) -> dict:

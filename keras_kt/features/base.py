@@ -13,7 +13,18 @@ from keras_kt.priors import Frequencies, SpectralPrior
 
 
 class FeatureMap(Recipe):
-    """Base class of the feature maps; like a prior, a recipe until built."""
+    """Base class of the feature maps; like a prior, a recipe until built.
+
+    Args:
+        **kwargs: `pace`, as in the layer's `spectral_pace`; `name`.
+
+    Examples:
+        >>> layer = keras_kt.KernelizedAttention(2, 8)
+        >>> isinstance(layer.feature_map, keras_kt.FeatureMap)
+        True
+        >>> layer.feature_map.num_frequencies(32)
+        16
+    """
 
     # Features per frequency.
     sides = 1

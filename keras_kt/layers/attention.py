@@ -12,7 +12,9 @@ class KernelizedAttention(TokenAttention):
 
     Takes the place of `keras.layers.MultiHeadAttention`: same arguments, same
     call, same weights first. Keys weigh k(q, k) / Σ k(q, ·) with k(x, y) =
-    E[φ_ω(x)·φ_ω(y)], ω drawn from a trainable spectral prior; no matrix.
+    E[φ_ω(x)·φ_ω(y)], ω drawn from a trainable spectral prior; no matrix. φ(x)
+    has `num_features` numbers for each head: the more, the smaller the error of
+    the estimate, and the more it costs.
 
     Masked keys leave by selection: their content (NaN too) has no effect.
     Masked queries, and queries that see no key, get a zero context (the output

@@ -45,9 +45,13 @@ class KernelizedGroupedQueryAttention(TokenAttention):
             rotary_max_wavelength and spectral_pace.
 
     Call arguments:
-        query, value, key, query_mask, value_mask, key_mask, attention_mask,
-            training, use_causal_mask, return_attention_scores: as in
-            `KernelizedAttention`. The width of query and value is the same.
+        query: `(batch, query_length, features)`.
+        value, key: `(batch, key_length, features)`, as wide as the query.
+            `key` defaults to `value`.
+        query_mask, value_mask, key_mask: `(batch, length)` boolean. Default to
+            the Keras masks of the tensors.
+        attention_mask: as in `KernelizedAttention`; as are training,
+            use_causal_mask and return_attention_scores.
 
     Returns:
         `(batch, query_length, features)`, and the weights if asked for,

@@ -22,6 +22,13 @@ class DecoderState(NamedTuple):
         attention: `AttentionState` of the self-attention.
         context: `(batch, local_context - 1, width)`, the last inputs of the
             local context; of length 0 without one.
+
+    Examples:
+        >>> block = keras_kt.KernelizedTransformerDecoder(64, num_heads=4)
+        >>> block.build((None, None, 32))
+        >>> state = block.initial_state(batch_size=2)
+        >>> type(state).__name__, type(state.attention).__name__
+        ('DecoderState', 'AttentionState')
     """
 
     attention: states.AttentionState

@@ -36,6 +36,12 @@ class Frequencies(NamedTuple):
             components will do.
         key_offsets: like `offsets`, where keys have frequencies of their own,
             whose covariances are then given; else `None`.
+
+    Examples:
+        >>> omega = tf.random.normal((4, 16, 8))
+        >>> frequencies = keras_kt.Frequencies.of_samples(omega)
+        >>> frequencies.offsets.shape, frequencies.log_weights.shape
+        (TensorShape([4, 16, 8]), TensorShape([4, 1]))
     """
 
     offsets: tf.Tensor
@@ -86,6 +92,20 @@ class SpectralPrior(Recipe):
         seed: integer seed of the stored draw. Defaults to `None`, which means
             the seed of the layer that owns the prior.
         **kwargs: `pace`, as in the layer's `spectral_pace`; `name`.
+
+    Examples:
+        >>> class Lengths(keras_kt.SpectralPrior):
+        ...     def build_parameters(self):
+        ...         self.length = self.add_parameter("length", (1,), "ones")
+        ...     def draw(self, seed):
+        ...         shape = self.num_heads, self.num_frequencies, self.head_dim
+        ...         return tf.random.stateless_normal(shape, seed)
+        ...     def frequencies(self, noise):
+        ...         length = self.for_heads(self.length)[..., tf.newaxis]
+        ...         return keras_kt.Frequencies.of_samples(length * noise)
+        >>> layer = keras_kt.KernelizedAttention(2, 8, spectral_prior=Lengths())
+        >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+        TensorShape([1, 4, 3])
     """
 
     inherited = (
