@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.helpers.scripts import experiment, script
+from benchmarks.attention import report
+from tests.helpers.scripts import ROOT, experiment, script
 from tests.helpers.studies import rows
 
 
@@ -95,16 +96,6 @@ def test_comparisons_are_printed_and_kept(tmp_path, capsys):
         experiment("compare", "--results", tmp_path / "nothing")
 
 
-def test_names_of_lines_keep_apart():
-    spread = script("size_plots").spread
-    assert spread([0.1, 0.5, 0.9], 0.25) == [0.1, 0.5, 0.9]
-    np.testing.assert_allclose(spread([0.5, 0.5], 0.1), [0.45, 0.55])
-    np.testing.assert_allclose(spread([0.0, 0.0, 0.2], 0.1), [0.0, 0.1, 0.2])
-    places = spread([0.1, 0.12, 0.2, 0.21, 0.8], 0.1)
-    assert (np.diff(places) > 0.1 - 1e-9).all()
-    assert places[-1] == 0.8 and np.mean(places[:4]) == pytest.approx(0.1575)
-
-
 def heads_study():
     return [
         row
@@ -121,6 +112,11 @@ def heads_study():
     ]
 
 
+def names_of(figure):
+    (legend,) = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
 def test_pictures_against_sizes_show_means_and_errors():
     pyplot = pytest.importorskip("matplotlib.pyplot")
     size_plots = script("size_plots")
@@ -129,10 +125,8 @@ def test_pictures_against_sizes_show_means_and_errors():
         "positive features",
         "self-normalized features",
     ]
+    assert names_of(figure) == ["empirical", "fixed", "normal"]
     for axes in figure.axes:
-        assert [text.get_text() for text in axes.texts] == [
-            *("empirical", "fixed", "normal"),
-        ]
         for container in axes.containers:
             (line, _, (bars,)) = container
             np.testing.assert_array_equal(line.get_xdata(), [2, 8])
@@ -155,12 +149,10 @@ def test_pictures_against_sizes_show_means_and_errors():
     recall += rows("softmax", [1.0], pairs=16, sizes="--pairs 16 --blocks 2")
     figure = size_plots.draw_pairs(recall)
     assert [axes.get_title() for axes in figure.axes] == [
-        "D = 16, blocks 2",
-        "D = 32, blocks 2",
+        "16 features, blocks 2",
+        "32 features, blocks 2",
     ]
-    for axes in figure.axes:
-        names = [text.get_text() for text in axes.texts]
-        assert sorted(names) == ["normal:self", "softmax"]
+    assert names_of(figure) == ["normal:self", "softmax"]
     pyplot.close("all")
 
 
@@ -169,3 +161,32 @@ def test_a_study_of_one_size_has_no_such_picture():
     one = rows("normal:self", [0.5], pairs=16)
     assert size_plots.draw_heads(one) is size_plots.draw_pairs(one) is None
     assert size_plots.draw_pairs(rows("softmax", [0.5])) is None
+
+
+def test_a_method_has_one_color_in_all_pictures():
+    """Performer was grey, violet and black, softmax black, grey and brown."""
+    of = script("styles").of
+    assert of("GMM-RKS") == of("mended-GMM-RKS")
+    assert of("mixture:trigonometric") == of("GMM-RKS")
+    assert of("fixed:positive") == of("Performer")
+    colors = [of(f"{name}:self")["color"] for name in script("styles").METHODS]
+    assert len(set(colors)) == len(colors)
+    looks = [
+        tuple(of(f"normal{rest}").items())
+        for rest in (":positive", ":trigonometric", ":self", ":positive decay")
+    ]
+    assert len(set(looks)) == 4 and len({look[0] for look in looks}) == 1
+    # The layer's default, in the pictures of benchmarks.
+    assert report.style("ours")["color"] == of("normal:positive")["color"]
+    assert report.style("softmax")["color"] == of("softmax")["color"]
+
+
+def test_pictures_are_as_wide_as_they_are_shown():
+    """Two columns of tiny panels were 1,500 pixels wide, and shown at 700."""
+    styles = script("styles")
+    for path in (ROOT / "results").rglob("*.png"):
+        # Those of the conversion are drawn by the package's own functions.
+        if path.parent.name != "convert":
+            header = path.read_bytes()[16:24]
+            width = int.from_bytes(header[:4])
+            assert width == styles.WIDTH * styles.RESOLUTION, path
