@@ -18,7 +18,7 @@ class KernelizedAttention(TokenAttention):
 
     Masked keys leave by selection: their content (NaN too) has no effect.
     Masked queries, and queries that see no key, get a zero context (the output
-    bias). True keeps in every mask.
+    bias).
 
     Args:
         num_heads: number of attention heads.

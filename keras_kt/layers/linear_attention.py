@@ -45,7 +45,7 @@ class LinearAttention(HeadStream, kernel.LearnedKernel):
     project by themselves; `KernelizedAttention` is projections, masks and this.
 
     Masked keys leave by selection: their content (NaN too) has no effect.
-    Masked queries, and queries that see no key, get zeros. True keeps.
+    Masked queries, and queries that see no key, get zeros.
 
     Args:
         num_heads: number of query heads.
