@@ -252,6 +252,6 @@ def _pyplot():
     except ImportError as error:
         raise ImportError(
             "Plots need matplotlib, which is not installed. Run `pip install "
-            "'keras_kt[plot]'`."
+            "matplotlib`."
         ) from error
     return pyplot
