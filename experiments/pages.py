@@ -7,7 +7,7 @@ mark and its end is replaced by the first table under that heading:
     | … |
     <!-- end -->
 
-    python -m experiments pages README.md docs/experiments.md
+    python -m experiments pages docs/experiments.md
 """
 
 import argparse
