@@ -21,7 +21,8 @@ def softmax_attention(query, key, value, mask=None):
         query: `(…, query_length, dim)`, already scaled: logits are q·k.
         key: `(…, key_length, dim)`.
         value: `(…, key_length, value_dim)`.
-        mask: boolean, broadcast to `(…, query_length, key_length)`; True keeps.
+        mask: boolean, broadcast to `(…, query_length, key_length)`; True
+            for keys that are seen.
 
     Returns:
         Outputs `(…, query_length, value_dim)` and weights
