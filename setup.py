@@ -40,6 +40,8 @@ setup(
             "mkdocs-material>=9.6,<10",
             "mkdocstrings[python]>=1",
             "latex2mathml",
+            # Notebooks become pages.
+            "nbconvert",
             # Signatures are laid out by it.
             "ruff",
             # Searches the site as a browser does, in tests/test_site.py.

@@ -36,8 +36,11 @@ class Docstrings(griffe.Extension):
 
     def _prepare(self, value, public):
         if value.is_class:
-            bases = list(_bases(value, public))
-            value.extra["keras_kt"]["bases"] = bases
+            # `keras.Layer` and `keras.layers.Layer` are one.
+            bases = {
+                name.split(".")[-1]: name for name in _bases(value, public)
+            }
+            value.extra["keras_kt"]["bases"] = list(bases.values())
             if "NamedTuple" in bases:
                 value.set_member("__init__", _constructor(value))
             for member in value.members.values():

@@ -1,7 +1,7 @@
 """Lets pages link to the repository's files, which are not in the site.
 
-Pictures of results/ are copied to the site; links to other files lead to the
-repository's host. A block of `math` becomes MathML, which browsers show as it
+Pictures of results/ are copied to the site, notebooks become pages of it; links
+to other files lead to the repository's host. A block of `math` becomes MathML, which browsers show as it
 is. A search for an argument finds the layer before all that is like it.
 """
 
@@ -12,9 +12,11 @@ from pathlib import Path
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
+from nbconvert import MarkdownExporter
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
+NOTEBOOKS = ROOT / "examples" / "notebooks"
 BLOCKS = "pymdownx.superfences"
 FOUND_FIRST = "api/layers/#keras_kt.KernelizedAttention"
 
@@ -22,6 +24,10 @@ FOUND_FIRST = "api/layers/#keras_kt.KernelizedAttention"
 def on_config(config):
     fence = {"name": "math", "class": "math", "format": _formula}
     config.mdx_configs.setdefault(BLOCKS, {})["custom_fences"] = [fence]
+    notebooks = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    if notebooks:
+        pages = [f"notebooks/{name}.md" for name in notebooks]
+        config.nav.insert(2, {"Notebooks": pages})
 
 
 def _formula(source, language, css_class, options, md, **kwargs):
@@ -32,21 +38,35 @@ def on_files(files, config):
     for path in sorted((ROOT / "results").rglob("*.png")):
         name = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, name, abs_src_path=str(path)))
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        # Pictures are named by their notebook.
+        resources = {"unique_key": path.stem}
+        text, resources = MarkdownExporter().from_filename(path, resources)
+        made = {f"{path.stem}.md": text, **resources["outputs"]}
+        for name, content in made.items():
+            name = f"notebooks/{name}"
+            files.append(File.generated(config, name, content=content))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
-    folder = Path(page.file.abs_src_path).parent
+    here = (DOCS / page.file.src_uri).parent
+    source = NOTEBOOKS if here.name == "notebooks" else here
 
     def link(match):
-        target, anchor = match[1], match[2] or ""
-        path = (folder / target).resolve()
-        if DOCS in path.parents or not path.exists():
+        path = (source / match[1]).resolve()
+        if not path.exists():
             return match[0]
+        place = path if DOCS in path.parents else None
         name = path.relative_to(ROOT).as_posix()
         if path.suffix == ".png":
-            return f"]({os.path.relpath(DOCS / name, folder)})"
-        return f"]({config.repo_url}/blob/main/{name}{anchor})"
+            place = DOCS / name
+        if path.suffix == ".ipynb":
+            place = DOCS / "notebooks" / f"{path.stem}.md"
+        address = f"{config.repo_url}/blob/main/{name}"
+        if place is not None:
+            address = os.path.relpath(place, here)
+        return f"]({address}{match[2] or ''})"
 
     return re.sub(r"\]\((\.\./[^)#]+)(#[^)]*)?\)", link, markdown)
 
