@@ -1,8 +1,9 @@
 """Lets pages link to the repository's files, which are not in the site.
 
 Pictures of results/ are copied to the site, notebooks become pages of it; links
-to other files lead to the repository's host. A block of `math` becomes MathML, which browsers show as it
-is. A search for an argument finds the layer before all that is like it.
+to other files lead to the repository's host. A block of `math` becomes MathML,
+which browsers show as it is. A search for an argument finds the layer before
+all that is like it.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import re
 from pathlib import Path
 
+import nbformat
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 from nbconvert import MarkdownExporter
@@ -39,9 +41,12 @@ def on_files(files, config):
         name = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, name, abs_src_path=str(path)))
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        notebook.metadata.language_info = {"name": "python"}
         # Pictures are named by their notebook.
         resources = {"unique_key": path.stem}
-        text, resources = MarkdownExporter().from_filename(path, resources)
+        export = MarkdownExporter().from_notebook_node
+        text, resources = export(notebook, resources)
         made = {f"{path.stem}.md": text, **resources["outputs"]}
         for name, content in made.items():
             name = f"notebooks/{name}"
