@@ -86,14 +86,14 @@ def claims_of_readme():
     )
     assert not token
     yield (
-        "Groups of 1 to 256 tokens among 256 (the third picture, three seeds, "
-        "128 features): with heads of 4 a learned kernel has an accuracy of "
+        "1 to 256 among 256 (the third picture: three seeds, 128 features a "
+        "head). With heads of 4 a learned kernel has an accuracy of "
         f"{look_up('normal:trigonometric', 4):.2f} where the same kernel kept "
         f"fixed has {look_up('fixed:trigonometric', 4):.2f}; with heads of 8 "
-        f"it has {look_up('normal:trigonometric', 8):.2f} where Performer's "
-        f"fixed kernel has {look_up('fixed:positive', 32):.2f} with heads of "
-        f"32. Softmax has {mean('sparsity', 'softmax', key_dim=32):.2f} with "
-        "heads of 32"
+        f"it has {look_up('normal:trigonometric', 8):.2f} where the fixed "
+        "kernel of Performer, a well-known linear attention, has "
+        f"{look_up('fixed:positive', 32):.2f} with heads of 32. Softmax has "
+        f"{mean('sparsity', 'softmax', key_dim=32):.2f} with heads of 32"
     )
     before, _, _ = stage("classifier", "softmax")
     after, _, seconds = stage("classifier", "calibrated")
@@ -107,7 +107,8 @@ def claims_of_readme():
     )
     run = of_conversion("lm")
     yield (
-        f"an exact near field of {run['near_field']} goes from "
+        f"whose nearest {run['near_field']} bytes are still attended to "
+        "exactly, goes from "
         f"{stage('lm', 'softmax')[0]:.3f} bits per byte to "
         f"{stage('lm', 'calibrated')[0]:.3f} by the same steps, and to "
         f"{stage('lm', 'fine-tuned')[0]:.3f} after {run['distill_steps']} "
