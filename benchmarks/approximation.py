@@ -5,15 +5,17 @@ same inputs for the same seed, and has the same number of features D. Reports
 the relative Frobenius error of the row-normalized matrix, median over seeds,
 beside the error of replacing attention by the uniform matrix.
 
-    python -m benchmarks.approximation --output results/approximation
+    python benchmarks/approximation.py --output results/approximation
 """
 
 import argparse
 import csv
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import tensorflow as tf
