@@ -1,6 +1,7 @@
 """What the examples share: their flags, and how data are read."""
 
 import argparse
+import contextlib
 import gzip
 import importlib.util
 import os
@@ -75,31 +76,43 @@ def read_reviews(folder, count):
         `(texts, labels)` of the training, and of the test.
     """
     if not any(folder.glob("*/*/*.txt")):
-        print(
-            f"No reviews in {folder}: downloading aclImdb_v1.tar.gz, 84 MB, "
-            "and unpacking it …",
-            flush=True,
-        )
-        folder = _download(folder)
+        folder = download_reviews(folder)
     return [_read_split(folder / name, count) for name in ("train", "test")]
 
 
-def _download(folder):
+def download_reviews(folder):
+    """The folder aclImdb that Keras downloads and unpacks, or leaves."""
     import keras
 
-    # Keras's bar of a download is thousands of lines in a log.
-    if not sys.stdout.isatty():
-        keras.config.disable_interactive_logging()
+    print(
+        f"No reviews in {folder}: downloading aclImdb_v1.tar.gz, 84 MB, and "
+        "unpacking it …",
+        flush=True,
+    )
     try:
-        path = keras.utils.get_file(origin=REVIEWS, file_hash=MD5, extract=True)
+        with quiet_downloads():
+            path = keras.utils.get_file(
+                origin=REVIEWS, file_hash=MD5, extract=True
+            )
         return next(Path(path).rglob("aclImdb/train")).parent
     except Exception as error:
         sys.exit(
-            f"The download failed: {error}\nDownload aclImdb_v1.tar.gz from "
+            f"The download failed: {error}\nGet aclImdb_v1.tar.gz from "
             "https://ai.stanford.edu/~amaas/data/sentiment/, unpack it and "
-            "give the folder aclImdb, which has train and test, with "
-            f"--data-dir. Received: --data-dir {folder}"
+            "give the folder with --data-dir: for an example aclImdb itself, "
+            "for python -m experiments the one that holds it."
         )
+
+
+@contextlib.contextmanager
+def quiet_downloads():
+    """Leaves out Keras's bar in a log, where it is thousands of lines."""
+    import keras
+
+    if not sys.stdout.isatty():
+        keras.config.disable_interactive_logging()
+    try:
+        yield
     finally:
         keras.config.enable_interactive_logging()
 

@@ -3,9 +3,8 @@
 import numpy as np
 
 from experiments import records, size_plots
-from experiments.attentions import FIXED_SYSTEMS
+from experiments.attentions import FIXED_SYSTEMS, SYSTEMS
 from experiments.measure import DISTANCES
-from experiments.tasks import SYSTEMS
 
 # More lines in one panel cannot be told apart.
 MOST_LINES = 20

@@ -74,10 +74,6 @@ def test_they_use_public_names_only(path):
 def test_missing_data_say_where_they_are(
     name, flag, words, tmp_path, monkeypatch
 ):
-    def no_network(**_):
-        raise OSError("no network")
-
-    monkeypatch.setattr(keras.utils, "get_file", no_network)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=words):
         run(name, flag, tmp_path, monkeypatch=monkeypatch)

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 # What examples import beside the package.
-SHARED = ("common", "progress")
+SHARED = ("__init__", "common", "progress")
 SIZES = (
     "--blocks 1 --width 8 --heads 2 --key-dim 4 --hidden 8 --batch-size 4 "
     "--steps 2 --no-xla --validations 1 --validation-examples 4 "
