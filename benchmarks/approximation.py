@@ -15,12 +15,6 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import numpy as np
-import tensorflow as tf
-
-import keras_kt
-from keras_kt import kernels
-
 # Coupling, radius, two-sided.
 METHODS = {
     "iid": ("iid", "chi", False),
@@ -30,6 +24,43 @@ METHODS = {
     "two-sided orthogonal": ("orthogonal", "chi", True),
     "default (two-sided, fixed radius)": ("orthogonal", "fixed", True),
 }
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--head-dim", type=int, default=64, help="size")
+    parser.add_argument("--length", type=int, default=512, help="tokens")
+    parser.add_argument("--seeds", type=int, default=8, help="draws of each")
+    parser.add_argument(
+        "--tau",
+        type=float,
+        nargs="+",
+        default=[0.5, 1.0, 2.0],
+        help="|q|² = |k|²",
+    )
+    parser.add_argument(
+        "--features", type=int, nargs="+", default=[64, 128, 256, 512], help="D"
+    )
+    parser.add_argument(
+        "--output",
+        default="results/approximation",
+        help="to write, without suffix",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # First, so that --help does not wait for TensorFlow.
+    print("Loading TensorFlow …", flush=True)
+
+import numpy as np
+import tensorflow as tf
+
+import keras_kt
+from keras_kt import kernels
 
 
 def attention_matrix(method, num_features, query, key, seed):
@@ -122,19 +153,7 @@ def plot(rows, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--tau", type=float, nargs="+", default=[0.5, 1.0, 2.0])
-    parser.add_argument(
-        "--features", type=int, nargs="+", default=[64, 128, 256, 512]
-    )
-    parser.add_argument("--output", default="results/approximation")
-    args = parser.parse_args()
+    args = parse_args()
     rows = []
     for tau in args.tau:
         for num_features in args.features:

@@ -174,6 +174,7 @@ def run(job, args):
         environment["TF_NUM_INTEROP_THREADS"] = threads
     start = time.perf_counter()
     with lock, log.open("a") as file:
+        print(f"{name(job)}: see {log}", flush=True)
         code = subprocess.run(
             [*command, *args.flags],
             env=environment,

@@ -11,7 +11,7 @@ import pytest
 
 import keras_kt
 from tests.helpers import toys
-from tests.helpers.scripts import EXAMPLES, SHARED, command, example
+from tests.helpers.scripts import EXAMPLES, ROOT, SHARED, command, example
 
 SCRIPTS = [
     path for path in sorted(EXAMPLES.glob("*.py")) if path.stem not in SHARED
@@ -249,7 +249,23 @@ def test_distributed_says_what_is_missing(flags, words):
     assert re.search(words, done.stderr, re.DOTALL), done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+BENCHMARKS = [
+    ROOT / "benchmarks" / f"{name}.py"
+    for name in (
+        "approximation",
+        "attention/__main__",
+        "hub_decode",
+        "long_stream",
+        "monitor",
+        "tracing",
+        "window",
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "path", [*SCRIPTS, *BENCHMARKS], ids=lambda path: path.stem
+)
 def test_help_shows_every_default_and_loads_no_tensorflow(path):
     source = (
         "import runpy, sys\n"
@@ -265,7 +281,7 @@ def test_help_shows_every_default_and_loads_no_tensorflow(path):
     options = re.findall(r"^  (-.*(?:\n   .*)*)", done.stdout, re.MULTILINE)
     assert len(options) > 4
     for option in options[1:]:  # --help itself has none
-        assert "(default: " in option, option
+        assert "default: " in option, option
 
 
 def fit(epochs=1, steps=5, seconds=0.0, **options):
