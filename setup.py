@@ -55,6 +55,10 @@ setup(
             "ai-edge-litert",
             "onnxruntime",
             "tf2onnx",
+            # What executes the notebooks.
+            "ipykernel",
+            "jupytext",
+            "nbclient",
             # Its models are converted; it needs Python 3.11.
             "keras-hub; python_version >= '3.11'",
         ],

@@ -5,22 +5,19 @@ same inputs for the same seed, and has the same number of features D. Reports
 the relative Frobenius error of the row-normalized matrix, median over seeds,
 beside the error of replacing attention by the uniform matrix.
 
-    python -m benchmarks.approximation --output results/approximation
+    python benchmarks/approximation.py --output results/approximation
 """
 
 import argparse
 import csv
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-import tensorflow as tf
-
-import keras_kt
 from experiments import styles
-from keras_kt import kernels
 
 # Coupling, radius, two-sided.
 METHODS = {
@@ -41,6 +38,43 @@ STYLES = {
     "default (two-sided, fixed radius)": (styles.NORMAL, "s", "-"),
     "uniform": (styles.SOFTMAX, "", ":"),
 }
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--head-dim", type=int, default=64, help="size")
+    parser.add_argument("--length", type=int, default=512, help="tokens")
+    parser.add_argument("--seeds", type=int, default=8, help="draws of each")
+    parser.add_argument(
+        "--tau",
+        type=float,
+        nargs="+",
+        default=[0.5, 1.0, 2.0],
+        help="|q|² = |k|²",
+    )
+    parser.add_argument(
+        "--features", type=int, nargs="+", default=[64, 128, 256, 512], help="D"
+    )
+    parser.add_argument(
+        "--output",
+        default="results/approximation",
+        help="to write, without suffix",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # First, so that --help does not wait for TensorFlow.
+    print("Loading TensorFlow …", flush=True)
+
+import numpy as np
+import tensorflow as tf
+
+import keras_kt
+from keras_kt import kernels
 
 
 def attention_matrix(method, num_features, query, key, seed):
@@ -137,19 +171,7 @@ def plot(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--tau", type=float, nargs="+", default=[0.5, 1.0, 2.0])
-    parser.add_argument(
-        "--features", type=int, nargs="+", default=[64, 128, 256, 512]
-    )
-    parser.add_argument("--output", default="results/approximation")
-    args = parser.parse_args()
+    args = parse_args()
     rows = []
     for tau in args.tau:
         for num_features in args.features:

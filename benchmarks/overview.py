@@ -9,6 +9,21 @@ import argparse
 import json
 from pathlib import Path
 
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.overview",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--results", type=Path, default="results", help="a folder")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # First, so that --help does not wait for TensorFlow.
+
 from benchmarks.attention import report
 from experiments import records, size_plots, styles
 
@@ -51,12 +66,7 @@ def draw(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--results", type=Path, default="results")
-    results = parser.parse_args().results
+    results = parse_args().results
     styles.save(draw(results), results / "overview.png")
 
 

@@ -4,8 +4,7 @@ import textwrap
 
 import numpy as np
 
-from experiments import grids, records, size_plots, styles
-from experiments.attentions import FIXED_SYSTEMS
+from experiments import attentions, grids, records, size_plots, styles
 from experiments.measure import DISTANCES
 
 # More lines in one panel cannot be told apart.
@@ -151,11 +150,7 @@ def draw_kernels(tasks, folder):
     """
     best = []
     for task, rows in tasks.items():
-        learned = [
-            row
-            for row in rows
-            if row["attention"] not in (*FIXED_SYSTEMS, "softmax")
-        ]
+        learned = [r for r in rows if attentions.is_learned(r["attention"])]
         sizes = records.by(learned, lambda row: row.get("sizes", ""))
         for of_size in sorted(sizes, key=grids.natural):
             runs = sizes[of_size]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from benchmarks import overview
 from benchmarks.attention import report
 from tests.helpers.scripts import ROOT, experiment, script
 from tests.helpers.studies import rows
@@ -185,8 +186,52 @@ def test_pictures_are_as_wide_as_they_are_shown():
     """Two columns of tiny panels were 1,500 pixels wide, and shown at 700."""
     styles = script("styles")
     for path in (ROOT / "results").rglob("*.png"):
-        # Those of the conversion are drawn by the package's own functions.
-        if path.parent.name != "convert":
+        # These are drawn by the package's own functions.
+        if path.parent.name not in ("convert", "gallery"):
             header = path.read_bytes()[16:24]
             width = int.from_bytes(header[:4])
             assert width == styles.WIDTH * styles.RESOLUTION, path
+
+
+def test_scores_are_drawn_best_first_with_their_draws():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    plots = script("plots")
+    more = {"stride": 1, "fresh_draws": "0.25 0.375"}
+    systems = {
+        "softmax": rows("softmax", [0.5], **{**more, "fresh_draws": ""}),
+        "Performer": rows("Performer", [0.75, 1.0], **more),
+    }
+    tasks = {"sparsity": systems}
+    (panel,) = plots.draw_scores(tasks).axes
+    names = [text.get_text() for text in panel.get_yticklabels()]
+    assert names == ["Performer", "softmax"]
+    points = [tuple(map(list, line.get_data())) for line in panel.lines]
+    assert ([0.25, 0.375], [0, 0]) in points
+    assert [x for x, y in points if y == [0] and x != []] == [[0.75], [1.0]]
+    for of_system in systems.values():
+        for row in of_system:
+            row["metric"] = "bits per byte"
+    (panel,) = plots.draw_scores(tasks).axes
+    names = [text.get_text() for text in panel.get_yticklabels()]
+    assert names == ["softmax", "Performer"]
+    pyplot.close("all")
+
+
+def test_the_first_picture_is_drawn_from_results():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    time, memory, accuracy = overview.draw(ROOT / "results").axes
+    for panel, peak in ((time, None), (memory, 156)):
+        softmax, ours = panel.lines
+        assert softmax.get_color() == script("styles").SOFTMAX
+        lengths = ours.get_xdata()
+        assert lengths[-1] == 65536 and 8192 in lengths
+        place = list(lengths).index(8192)
+        # Of the tables: milliseconds of 8,192 tokens, and MiB.
+        value = ours.get_ydata()[place]
+        expected = 1000 * 591.1 / 8192 if peak is None else peak
+        assert value == pytest.approx(expected, rel=0.01)
+    learned = next(
+        c for c in accuracy.containers if c[0].get_linestyle() == "--"
+    )
+    assert list(learned[0].get_xdata()) == [2, 4, 8, 16, 32]
+    pyplot.close("all")
