@@ -55,7 +55,7 @@ def methods(name, kind):
     for method in dir(kind):
         value = inspect.getattr_static(kind, method)
         value = getattr(value, "__func__", value)
-        is_ours = "keras_kt" in str(getattr(value, "__module__", None))
+        is_ours = str(getattr(value, "__module__", None)).startswith("keras_kt")
         is_public = not method.startswith("_") or method == "__init__"
         if is_ours and is_public and inspect.isfunction(value):
             if method not in OF_KERAS | INNER:
@@ -66,7 +66,10 @@ def untyped(function):
     """Arguments of a function that have no types, and `return`."""
     signature = inspect.signature(function)
     for name, parameter in signature.parameters.items():
-        if name != "self" and parameter.annotation is parameter.empty:
+        if (
+            name not in ("self", "cls")
+            and parameter.annotation is parameter.empty
+        ):
             yield name
     if function.__name__ != "__init__":
         if signature.return_annotation is signature.empty:

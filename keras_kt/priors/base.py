@@ -46,7 +46,9 @@ class Frequencies(NamedTuple):
     key_offsets: tf.Tensor | None = None
 
     @classmethod
-    def of_samples(cls, omega: tf.Tensor, of_keys=None) -> "Frequencies":
+    def of_samples(
+        cls, omega: tf.Tensor, of_keys: tf.Tensor | None = None
+    ) -> "Frequencies":
         """Equally likely frequencies, whose moments are those of the draw.
 
         Their center is zero. For laws whose own moments are not known: the
