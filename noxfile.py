@@ -58,7 +58,9 @@ def matrix(session, versions):
 @nox.session
 def build(session):
     """The wheel and the sdist, in dist/."""
-    session.install("build", "twine")
+    session.install("build", "twine", "check-manifest")
+    if (ROOT / ".git").exists():
+        session.run("check-manifest")
     shutil.rmtree(DIST, ignore_errors=True)
     session.run("python", "-m", "build", "--outdir", str(DIST))
     session.run("twine", "check", "--strict", *map(str, DIST.iterdir()))

@@ -145,9 +145,9 @@ def test_the_quickstart_made_causal_streams_in_one_line():
 @pytest.mark.parametrize(
     "embed",
     [
-        lambda x: hub_layers().TokenAndPositionEmbedding(
-            VOCABULARY, 30, WIDTH
-        )(x),
+        lambda x: hub_layers().TokenAndPositionEmbedding(VOCABULARY, 30, WIDTH)(
+            x
+        ),
         lambda x: hub_layers().RotaryEmbedding()(
             layers.Embedding(VOCABULARY, WIDTH)(x)
         ),
