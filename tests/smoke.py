@@ -22,7 +22,7 @@ START = time.perf_counter()
 LENGTH, FEATURES, KEY_DIM = 11, 6, 4
 
 
-def model_of(systems, jit_compile):
+def model_of(systems):
     """A model of causal attention, an output for each system."""
     x = keras.Input((None, FEATURES), name="x")
     outputs = {}
@@ -32,8 +32,7 @@ def model_of(systems, jit_compile):
         y = keras.layers.Add()([x, layer(x, x, use_causal_mask=True)])
         outputs[system] = keras.layers.Dense(3, name=system)(y)
     model = keras.Model(x, outputs)
-    losses = {system: "mse" for system in systems}
-    model.compile("sgd", losses, jit_compile=jit_compile)
+    model.compile("sgd", {system: "mse" for system in systems})
     return model
 
 
@@ -42,7 +41,7 @@ def check(systems, folder):
     noise = np.random.default_rng(0)
     x = noise.normal(size=(2, LENGTH, FEATURES)).astype("float32")
     y = {system: np.ones((2, LENGTH, 3), "float32") for system in systems}
-    model = model_of(systems, jit_compile=False)
+    model = model_of(systems)
     before = [weight.numpy() for weight in model.trainable_weights]
     history = model.fit(x, y, epochs=2, verbose=0).history
     losses = np.concatenate(list(history.values()))
@@ -76,13 +75,10 @@ def check(systems, folder):
 
 
 def check_steps(system, folder):
-    """Fits one system under XLA, and exports it with endpoints for streams."""
+    """Exports one system with its endpoints for streams."""
     x = np.random.default_rng(0).normal(size=(2, LENGTH, FEATURES))
     x = x.astype("float32")
-    model = model_of([system], jit_compile=True)
-    y = {system: np.ones((2, LENGTH, 3), "float32")}
-    loss = model.fit(x, y, verbose=0).history["loss"]
-    require(np.isfinite(loss).all(), "a finite loss under XLA")
+    model = model_of([system])
     served = exported(model, folder / "steps", streaming=True)
     state = served["initial_state"](batch_size=tf.constant(2))
     compare(served["prefill"](x=tf.constant(x), **state), model(x))
