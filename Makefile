@@ -13,7 +13,8 @@ STREAMS = tests/test_sliding_window.py tests/test_streaming_masks.py \
 GROUPS = HEAVY HUB STREAMS
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: install demo test test-all lint conformance approximation docs tpu-check
+.PHONY: install demo test test-all lint conformance approximation docs tpu-check \
+  matrix package
 
 install: $(VENV)/.installed
 
@@ -65,3 +66,17 @@ docs: install
 tpu-check: install
 	$(VENV)/bin/pip install -q -c constraints.txt -e '.[tpu-check]'
 	$(VENV)/bin/python benchmarks/tpu_compile.py
+
+# A smoke test of each Python that is there, with the lowest versions of the
+# ranges in setup.py and with those of constraints.txt. About 1.5 GB a cell.
+matrix: $(VENV)/.nox
+	$(VENV)/bin/nox -s matrix -k "not newest"
+
+# Wheel and sdist, in dist/; both are tried.
+package: $(VENV)/.nox
+	$(VENV)/bin/nox -s package
+
+$(VENV)/.nox: noxfile.py
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q 'nox[uv]>=2024.10.9'
+	touch $@

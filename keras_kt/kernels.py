@@ -7,14 +7,21 @@ and attention algorithms that it judges.
 """
 
 import math
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 # Prefactors whose quadratic part is −½xᵀΣx; the others have −xᵀΣx.
 _HALF = ("softmax", "tilted")
 
 
-def softmax_attention(query, key, value, mask=None):
+def softmax_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    mask: ArrayLike | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Softmax attention of scaled queries and keys.
 
     Args:
@@ -39,7 +46,9 @@ def softmax_attention(query, key, value, mask=None):
     return kernel_attention(np.exp(logits), value, mask)
 
 
-def kernel_attention(kernel, value, mask=None):
+def kernel_attention(
+    kernel: ArrayLike, value: ArrayLike, mask: ArrayLike | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Attention whose weights are a kernel matrix, normalized over keys.
 
     Args:
@@ -66,7 +75,9 @@ def kernel_attention(kernel, value, mask=None):
     return weights @ np.asarray(value, "float64"), weights
 
 
-def closed_form(prior, feature_map, x, y):
+def closed_form(
+    prior: Any, feature_map: Any, x: ArrayLike, y: ArrayLike
+) -> np.ndarray:
     """E[φ_ω(x)·φ_ω(y)] under the prior, for all pairs.
 
     Args:
@@ -95,7 +106,7 @@ def closed_form(prior, feature_map, x, y):
     return _kernel(_law_of(prior), feature_map, x, y)
 
 
-def characteristic_function(prior, z):
+def characteristic_function(prior: Any, z: ArrayLike) -> np.ndarray:
     """E cos ω·z under the prior: its kernel by the difference of two points.
 
     Args:
@@ -114,11 +125,13 @@ def characteristic_function(prior, z):
         >>> float(values[0, 0].round(4)), round(float(np.exp(-0.5)), 4)
         (0.6065, 0.6065)
     """
-    z = _each_head(z, prior.num_heads)
-    return _law_of(prior).characteristic(z[:, :, None])[..., 0]
+    points = _each_head(z, prior.num_heads)
+    return _law_of(prior).characteristic(points[:, :, None])[..., 0]
 
 
-def from_frequencies(frequencies, feature_map, x, y):
+def from_frequencies(
+    frequencies: Any, feature_map: Any, x: Any, y: Any
+) -> np.ndarray:
     """The kernel of a finite set of equally likely frequencies.
 
     Args:
@@ -271,7 +284,7 @@ def _self_normalized(x, y, moment):
     return moment(x + y) / (moment(x) * moment(y))
 
 
-def sphere_moment(squares, dim):
+def sphere_moment(squares: ArrayLike, dim: int) -> np.ndarray:
     """E exp(√dim u·z) for u uniform on the unit sphere, by |z|².
 
     The confluent series ₀F₁(; dim/2; dim |z|²/4); a negative argument gives

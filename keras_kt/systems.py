@@ -22,7 +22,7 @@ PAPER_SYSTEMS = (
 """Names that `paper_system` takes: the six learned systems, three baselines."""
 
 
-def paper_system(name: str, key_dim: int = 64, *, mended=False) -> dict:
+def paper_system(name: str, key_dim: int = 64, *, mended: bool = False) -> dict:
     """Keyword arguments that make `KernelizedAttention` a system of the paper.
 
     All differ from the released code in three ways: the draw is stored and

@@ -7,6 +7,7 @@ computes, apart from how well features estimate it. O(length²).
 import contextlib
 import functools
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -16,7 +17,7 @@ from keras_kt.conversion.softmax import attending, fading, fixed_rates
 
 
 @contextlib.contextmanager
-def closed_form_attention(model):
+def closed_form_attention(model: keras.Model) -> keras.Model:
     """Within it, layers attend by their kernel's closed form, in float64.
 
     A diagnosis of what is computed, apart from how well features estimate it:

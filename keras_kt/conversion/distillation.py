@@ -5,6 +5,8 @@ parallel and errors do not accumulate. Gradients reach priors, maps and, if
 asked for, the query and key projections.
 """
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -19,15 +21,15 @@ TARGETS = ("both", "output", "matrix")
 
 
 def distill(
-    student,
-    teacher,
-    data,
+    student: keras.Model,
+    teacher: keras.Model,
+    data: Any,
     *,
-    steps=100,
-    learning_rate=1e-2,
-    target="both",
-    train_projections=False,
-):
+    steps: int = 100,
+    learning_rate: float = 1e-2,
+    target: str = "both",
+    train_projections: bool = False,
+) -> list[dict]:
     """Trains converted layers to attend as the teacher's do.
 
     Each layer is given the inputs that the teacher's has, so layers learn in

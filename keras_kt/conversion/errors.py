@@ -6,8 +6,9 @@ of features. All of this forms attention matrices: O(length²).
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -83,7 +84,13 @@ class AttentionErrors(NamedTuple):
         )
 
 
-def attention_error(model, data, *, teacher=None, batches=1):
+def attention_error(
+    model: keras.Model,
+    data: Any,
+    *,
+    teacher: keras.Model | None = None,
+    batches: int = 1,
+) -> AttentionErrors:
     """Measures converted layers against softmax, on real queries and keys.
 
     Without a teacher, layers are compared with the softmax that their prior

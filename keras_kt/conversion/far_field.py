@@ -6,6 +6,7 @@ notices. Quality without the far field tells. O(length²).
 
 import contextlib
 
+import keras
 import tensorflow as tf
 
 from keras_kt.conversion.estimate import estimate
@@ -14,7 +15,7 @@ from keras_kt.conversion.softmax import attending
 
 
 @contextlib.contextmanager
-def without_far_field(model):
+def without_far_field(model: keras.Model) -> keras.Model:
     """Within it, layers attend to their near field alone.
 
     A diagnosis of what features contribute: keys beyond the near field weigh

@@ -3,6 +3,8 @@
 After `distill`, whose layers learn apart, this lets them correct each other.
 """
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -13,8 +15,14 @@ from keras_kt.conversion.probe import kept_losses
 
 
 def distill_outputs(
-    student, teacher, data, *, steps=100, learning_rate=1e-3, loss=None
-):
+    student: keras.Model,
+    teacher: keras.Model,
+    data: Any,
+    *,
+    steps: int = 100,
+    learning_rate: float = 1e-3,
+    loss: Any = None,
+) -> list[float]:
     """Trains a converted model to give its teacher's outputs.
 
     All trainable weights are trained, at the cost of training: the student runs

@@ -4,8 +4,9 @@ What features imply on a batch, beside softmax for the same queries and keys and
 beside the prior's own kernel. O(length²).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 
 from keras_kt import kernels
@@ -33,7 +34,7 @@ class AttentionMap(NamedTuple):
     softmax: np.ndarray | None
 
 
-def attention_maps(model, data):
+def attention_maps(model: keras.Model, data: Any) -> list[AttentionMap]:
     """What each layer of a model attends to. O(length²).
 
     Args:
@@ -57,7 +58,7 @@ def attention_maps(model, data):
     ]
 
 
-def kernel_errors(model, data):
+def kernel_errors(model: keras.Model, data: Any) -> dict:
     """How far features are from the kernel that they estimate. O(length²).
 
     It is the Monte Carlo error, apart from what was learned: against softmax
@@ -81,7 +82,7 @@ def kernel_errors(model, data):
         >>> errors["attention"].shape
         (2,)
     """
-    errors = {}
+    errors: dict = {}
     for path, layer, record in recorded(model, data, weights=True):
         exact = _closed_form_map(layer, record.call)
         errors[path] = None

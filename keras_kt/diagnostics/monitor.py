@@ -7,6 +7,9 @@ and warnings, and stays in the callback's `history` for `plots.plot_history`.
 import importlib.util
 import io
 import logging
+import os
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -69,11 +72,11 @@ class SpectralMonitor(keras.callbacks.Callback):
 
     def __init__(
         self,
-        log_dir,
-        every=1,
-        data=None,
-        distances=(1.0, 2.0, 5.0),
-        pictures=10,
+        log_dir: str | os.PathLike,
+        every: int = 1,
+        data: Any = None,
+        distances: Sequence[float] = (1.0, 2.0, 5.0),
+        pictures: int = 10,
     ):
         super().__init__()
         self.log_dir = str(log_dir)

@@ -4,15 +4,20 @@ Each function makes a figure and returns it, without showing or saving it. Only
 here is matplotlib imported, when a figure is made.
 """
 
+from typing import Any
+
+import keras
 import numpy as np
 
 from keras_kt import _checks
+from keras_kt.conversion.errors import AttentionErrors
+from keras_kt.diagnostics.matrices import AttentionMap
 from keras_kt.diagnostics.profile import kernel_profile, spectrum
 
 _STROKES = ("-", "--", ":", "-.")
 
 
-def plot_kernels(layer, before=None):
+def plot_kernels(layer: keras.Layer, before: Any = None) -> Any:
     """The kernel of each head against distance.
 
     Args:
@@ -44,7 +49,7 @@ def plot_kernels(layer, before=None):
     return figure
 
 
-def plot_spectrum(layer, head=0):
+def plot_spectrum(layer: keras.Layer, head: int = 0) -> Any:
     """The frequencies of one head in their two widest directions.
 
     Args:
@@ -81,7 +86,9 @@ def plot_spectrum(layer, head=0):
     return figure
 
 
-def plot_attention(attention_map, head=0, example=0):
+def plot_attention(
+    attention_map: AttentionMap, head: int = 0, example: int = 0
+) -> Any:
     """What a head attends to, beside softmax for the same queries and keys.
 
     Args:
@@ -124,7 +131,7 @@ def plot_attention(attention_map, head=0, example=0):
     return figure
 
 
-def plot_errors(errors):
+def plot_errors(errors: AttentionErrors) -> Any:
     """The errors of a converted model, head by head, beside uniform attention.
 
     Args:
@@ -163,7 +170,7 @@ def plot_errors(errors):
     return figure
 
 
-def plot_history(monitor, path=None):
+def plot_history(monitor: Any, path: str | None = None) -> Any:
     """How the kernels of one layer moved while it trained.
 
     Args:

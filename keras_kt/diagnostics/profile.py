@@ -6,7 +6,9 @@ theorem the spectrum is the kernel; the profile is the kernel by distance.
 
 from typing import NamedTuple
 
+import keras
 import numpy as np
+from numpy.typing import ArrayLike
 
 from keras_kt import _checks, kernels
 from keras_kt.diagnostics.record import check_layer
@@ -41,7 +43,13 @@ class Spectrum(NamedTuple):
     weights: np.ndarray
 
 
-def kernel_profile(layer, distances=None, *, directions=64, seed=0):
+def kernel_profile(
+    layer: keras.Layer,
+    distances: ArrayLike | None = None,
+    *,
+    directions: int = 64,
+    seed: int = 0,
+) -> KernelProfile:
     """How similar a layer finds a query and a key, by their distance.
 
     The kernel of trigonometric features without their smoothing. Positive
@@ -91,7 +99,7 @@ def kernel_profile(layer, distances=None, *, directions=64, seed=0):
     )
 
 
-def spectrum(layer):
+def spectrum(layer: keras.Layer) -> Spectrum:
     """The frequencies that a layer has drawn.
 
     Args:

@@ -58,7 +58,7 @@ def recorded(model, data, *, weights=False, sums=False):
     ]
 
 
-def layers_of(model):
+def layers_of(model: keras.Model) -> dict:
     """The `KernelizedAttention` layers of a model by path, all built.
 
     Args:

@@ -4,13 +4,16 @@ By the eigenvalues of the second moments of the keys' features: many features
 that all say the same count as one. O(length · D²).
 """
 
+from typing import Any
+
+import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_kt.diagnostics.record import recorded, scaled_tokens
 
 
-def effective_features(model, data):
+def effective_features(model: keras.Model, data: Any) -> dict:
     """How many features a batch's keys make use of, by layer and head.
 
     (Σλ)²/Σλ² of the eigenvalues λ of the second moments of the keys' features,

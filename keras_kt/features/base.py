@@ -6,6 +6,8 @@ of keys from `(batch, heads, length, head_dim)` to
 `(batch, heads, length, feature_dim)`.
 """
 
+from typing import Any
+
 import tensorflow as tf
 
 from keras_kt._recipe import Recipe
@@ -72,7 +74,7 @@ class FeatureMap(Recipe):
         scale: float = 1.0,
         *,
         is_absolute: bool = False,
-    ):
+    ) -> Any:
         """The map φ(scale · x) for one draw of frequencies.
 
         Args:
@@ -98,7 +100,9 @@ class FeatureMap(Recipe):
         queries that are shifted by μ."""
         return False
 
-    def logits(self, prior: SpectralPrior, query, key) -> tf.Tensor:
+    def logits(
+        self, prior: SpectralPrior, query: tf.Tensor, key: tf.Tensor
+    ) -> tf.Tensor:
         """Logits of the softmax that the kernel stands for, with Σ = I.
 
         Args:
@@ -121,7 +125,7 @@ class FeatureMap(Recipe):
         """Whether `exact_kernel` has a kernel to give; of recipes, too."""
         return False
 
-    def exact_kernel(self, prior: SpectralPrior, scale: float = 1.0):
+    def exact_kernel(self, prior: SpectralPrior, scale: float = 1.0) -> Any:
         """The kernel that features estimate, in closed form.
 
         Args:

@@ -4,28 +4,33 @@ Any model with `initial_state(batch_size)` and `step(tokens, state)` that gives
 logits will do: the prompt is one `step`, and so is every token after it.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
 import tensorflow as tf
+from numpy.typing import ArrayLike
 
 from keras_kt import _checks, streaming
 from keras_kt.generation import loop, prompts, sampling
 
 
 def generate(
-    model,
-    prompt,
-    max_new_tokens,
+    model: keras.Model,
+    prompt: Any,
+    max_new_tokens: int,
     *,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    end_token=None,
-    seed=None,
-    jit_compile=False,
-    prompt_mask=None,
-    prompt_lengths=None,
-    num_return_sequences=1,
-    on_tokens=None,
-):
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    end_token: int | Sequence[int] | None = None,
+    seed: int | None = None,
+    jit_compile: bool = False,
+    prompt_mask: ArrayLike | None = None,
+    prompt_lengths: ArrayLike | None = None,
+    num_return_sequences: int = 1,
+    on_tokens: Callable | None = None,
+) -> tf.Tensor:
     """Continues prompts, token by token, from a state of fixed size.
 
     The first call with a model, a prompt's shape and options that are static
@@ -118,7 +123,7 @@ def generate(
         top_p is not None,
         _checks.boolean("jit_compile", jit_compile),
     )
-    ends = [] if end_token is None else end_token
+    ends: Any = [] if end_token is None else end_token
     if _checks.is_sequence(ends):
         ends = _checks.integers("end_token", ends, minimum=None)
     else:

@@ -5,7 +5,7 @@ Arguments have the names that KerasHub's `TransformerEncoder` and
 `KernelizedAttention` (`spectral_prior`, `feature_map`, …) are taken as well.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -85,8 +85,12 @@ class KernelizedTransformerEncoder(TransformerBlock):
         self._build_block(inputs_shape[-1])
 
     def call(
-        self, inputs, padding_mask=None, attention_mask=None, training=None
-    ):
+        self,
+        inputs: tf.Tensor,
+        padding_mask: tf.Tensor | None = None,
+        attention_mask: tf.Tensor | None = None,
+        training: bool | None = None,
+    ) -> tf.Tensor:
         mask = mask_of(inputs, padding_mask)
 
         def attend(x):
@@ -166,12 +170,12 @@ class KernelizedTransformerDecoder(TransformerBlock):
 
     def call(
         self,
-        decoder_sequence,
-        encoder_sequence=None,
-        decoder_padding_mask=None,
-        encoder_padding_mask=None,
-        training=None,
-    ):
+        decoder_sequence: tf.Tensor,
+        encoder_sequence: tf.Tensor | None = None,
+        decoder_padding_mask: tf.Tensor | None = None,
+        encoder_padding_mask: tf.Tensor | None = None,
+        training: bool | None = None,
+    ) -> tf.Tensor:
         mask = mask_of(decoder_sequence, decoder_padding_mask)
 
         def attend(x):
@@ -216,7 +220,7 @@ class KernelizedTransformerDecoder(TransformerBlock):
             training,
         )
 
-    def initial_state(self, batch_size):
+    def initial_state(self, batch_size: int | tf.Tensor) -> DecoderState:
         """The state of a stream that has seen nothing.
 
         Args:
@@ -239,7 +243,7 @@ class KernelizedTransformerDecoder(TransformerBlock):
             )
 
     @property
-    def state_shapes(self):
+    def state_shapes(self) -> DecoderState:
         """Shapes of the state's tensors, as a state; `None` for the batch."""
         length = 0 if self.local_context is None else self.local_context - 1
         return DecoderState(
@@ -248,12 +252,12 @@ class KernelizedTransformerDecoder(TransformerBlock):
 
     def step(
         self,
-        decoder_sequence,
-        state,
-        encoder_sequence=None,
-        encoder_padding_mask=None,
-        decoder_padding_mask=None,
-    ):
+        decoder_sequence: tf.Tensor,
+        state: Any,
+        encoder_sequence: tf.Tensor | None = None,
+        encoder_padding_mask: tf.Tensor | None = None,
+        decoder_padding_mask: tf.Tensor | None = None,
+    ) -> tuple[tf.Tensor, DecoderState]:
         """What the call gives for the next tokens of a stream.
 
         Args:

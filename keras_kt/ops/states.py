@@ -160,10 +160,10 @@ def window_state_shapes(
     num_heads: int, value_dim: int, head_dim: int, window: int
 ) -> WindowState:
     """Shapes of the state's tensors, `None` for the batch."""
-    return WindowState(
-        *((None, window, num_heads, dim) for dim in (head_dim, value_dim, 1)),
-        (None, window),
+    key, value, decay = (
+        (None, window, num_heads, dim) for dim in (head_dim, value_dim, 1)
     )
+    return WindowState(key, value, decay, (None, window))
 
 
 def zeros(shapes, batch_size):

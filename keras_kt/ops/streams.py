@@ -4,11 +4,14 @@ A state is any nest of tensors, the batch their first axis: that of a layer, of
 a model, or a dict of named tensors as a server sends it.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
 
-def gather_state(state, indices):
+def gather_state(state: Any, indices: Any) -> Any:
     """The streams of a state at `indices`, in that order.
 
     A state is a value: what is gathered forks it, and the one before is there
@@ -57,7 +60,7 @@ def gather_state(state, indices):
     return tf.nest.map_structure(lambda x: tf.gather(x, indices), state)
 
 
-def stack_states(states):
+def stack_states(states: Sequence) -> Any:
     """One state of all streams of several, in their order.
 
     Args:
@@ -96,7 +99,7 @@ def stack_states(states):
     return tf.nest.map_structure(lambda *x: tf.concat(x, 0), *states)
 
 
-def unstack_states(state, sizes=None):
+def unstack_states(state: Any, sizes: Sequence[int] | None = None) -> list:
     """The states of the streams of one, apart: what `stack_states` joined.
 
     Args:

@@ -20,17 +20,17 @@ from keras_kt.streaming import stream_of
 
 
 def export_saved_model(
-    model,
-    path,
+    model: keras.Model,
+    path: str | os.PathLike,
     *,
-    input_signature=None,
-    streaming=False,
-    signatures=None,
-    warmup=None,
-    version=None,
-    overwrite=False,
-    jit_compile=False,
-):
+    input_signature: list | None = None,
+    streaming: bool = False,
+    signatures: dict | None = None,
+    warmup: list | dict | None = None,
+    version: int | None = None,
+    overwrite: bool = False,
+    jit_compile: bool = False,
+) -> str:
     """Writes a built model as a SavedModel for TensorFlow Serving.
 
     The endpoint `serve`, also `serving_default`, is the model's inference. Its

@@ -1,12 +1,15 @@
 """`streaming_model`: a functional model streams as it is."""
 
+from typing import Any
+
 import keras
+import tensorflow as tf
 
 from keras_kt.streaming import protocol
 from keras_kt.streaming.stream import stream_of
 
 
-def streaming_model(model):
+def streaming_model(model: keras.Model) -> Any:
     """A model with `initial_state` and `step`, from one trained with `fit`.
 
     The graph of a functional or Sequential model is followed, models within it
@@ -83,7 +86,7 @@ class StreamingModel(keras.Model):
         return self.model.input
 
     @property
-    def takes_mask(self):
+    def takes_mask(self) -> bool:
         """Whether `step` takes a mask: each layer in the model has to."""
         return self._stream.takes_mask
 
@@ -93,7 +96,7 @@ class StreamingModel(keras.Model):
     def compute_output_shape(self, input_shape):
         return self.model.compute_output_shape(input_shape)
 
-    def initial_state(self, batch_size):
+    def initial_state(self, batch_size: int | tf.Tensor) -> Any:
         """The state of streams that have seen nothing.
 
         Args:
@@ -104,7 +107,9 @@ class StreamingModel(keras.Model):
         """
         return self._stream.initial_state(batch_size)
 
-    def step(self, tokens, state, mask=None):
+    def step(
+        self, tokens: tf.Tensor, state: Any, mask: tf.Tensor | None = None
+    ) -> tuple[Any, Any]:
         """What the call gives for the next tokens of its streams.
 
         Args:
