@@ -97,6 +97,14 @@ def test_tables_are_those_that_the_theme_lets_scroll(site):
         assert "<table class" not in page.read_text(), page
 
 
+def test_notebooks_and_formulas_are_shown(site):
+    assert "<math" in (site / "index.html").read_text()
+    for notebook in (ROOT / "examples" / "notebooks").glob("*.ipynb"):
+        page = site / "notebooks" / notebook.stem / "index.html"
+        # Imports in color.
+        assert '<span class="kn">import</span>' in page.read_text()
+
+
 def test_arguments_are_found_where_they_are_explained(site):
     """As the theme's script searches: by section, titles and pages weighed."""
     lunr = pytest.importorskip("lunr")
