@@ -10,7 +10,8 @@ LONGEST = $(patsubst %,tests/test_%.py,crossed sliding_window distance tfp_laws 
 SLOW = $(LONGEST) $(filter-out $(LONGEST),$(shell grep -lE "mark.slow|one_quick" tests/test_*.py))
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: install demo test test-all lint conformance approximation docs tpu-check
+.PHONY: install demo test test-all lint conformance approximation docs tpu-check \
+  matrix package
 
 install: $(VENV)/.installed
 
@@ -55,9 +56,23 @@ approximation: install
 # The site, in site/; warnings are errors.
 docs: install
 	$(VENV)/bin/pip install -q -c constraints.txt -e '.[docs]'
-	$(VENV)/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 # Compiles for a TPU, without one; downloads about 330 MB.
 tpu-check: install
 	$(VENV)/bin/pip install -q -c constraints.txt -e '.[tpu-check]'
 	$(VENV)/bin/python benchmarks/tpu_compile.py
+
+# A smoke test of each Python that is there, with the lowest versions of the
+# ranges in setup.py and with those of constraints.txt. About 1.5 GB a cell.
+matrix: $(VENV)/.nox
+	$(VENV)/bin/nox -s matrix -k "not newest"
+
+# Wheel and sdist, in dist/; both are tried.
+package: $(VENV)/.nox
+	$(VENV)/bin/nox -s package
+
+$(VENV)/.nox: noxfile.py
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q 'nox[uv]>=2024.10.9'
+	touch $@

@@ -11,15 +11,13 @@ beside the error of replacing attention by the uniform matrix.
 import argparse
 import csv
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-import tensorflow as tf
-
-import keras_kt
-from keras_kt import kernels
+from experiments import styles
 
 # Coupling, radius, two-sided.
 METHODS = {
@@ -30,6 +28,53 @@ METHODS = {
     "two-sided orthogonal": ("orthogonal", "chi", True),
     "default (two-sided, fixed radius)": ("orthogonal", "fixed", True),
 }
+# Color, mark and dashes; two-sided features are ours.
+STYLES = {
+    "iid": (styles.OTHERS[0], "o", "-"),
+    "Sobol": (styles.OTHERS[1], "v", "-"),
+    "Performer (orthogonal)": (styles.FIXED, "o", "-"),
+    "two-sided iid": (styles.NORMAL, "^", ":"),
+    "two-sided orthogonal": (styles.NORMAL, "D", "--"),
+    "default (two-sided, fixed radius)": (styles.NORMAL, "s", "-"),
+    "uniform": (styles.SOFTMAX, "", ":"),
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--head-dim", type=int, default=64, help="size")
+    parser.add_argument("--length", type=int, default=512, help="tokens")
+    parser.add_argument("--seeds", type=int, default=8, help="draws of each")
+    parser.add_argument(
+        "--tau",
+        type=float,
+        nargs="+",
+        default=[0.5, 1.0, 2.0],
+        help="|q|² = |k|²",
+    )
+    parser.add_argument(
+        "--features", type=int, nargs="+", default=[64, 128, 256, 512], help="D"
+    )
+    parser.add_argument(
+        "--output",
+        default="results/approximation",
+        help="to write, without suffix",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # First, so that --help does not wait for TensorFlow.
+    print("Loading TensorFlow …", flush=True)
+
+import numpy as np
+import tensorflow as tf
+
+import keras_kt
+from keras_kt import kernels
 
 
 def attention_matrix(method, num_features, query, key, seed):
@@ -84,57 +129,49 @@ def write(rows, path):
             writer.writerow([*list(row.values())[:-1], errors])
 
 
-def plot(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def plot(rows):
     taus = sorted({row["tau"] for row in rows})
-    figure, axes = plt.subplots(
-        1, len(taus), figsize=(4 * len(taus), 3.6), sharey=True, squeeze=False
+    figure, panels = styles.pyplot().subplots(
+        1,
+        len(taus),
+        figsize=(styles.WIDTH, 4.0),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
     )
-    for axis, tau in zip(axes[0], taus, strict=True):
-        for name in (*METHODS, "uniform"):
+    for panel, tau in zip(panels[0], taus, strict=True):
+        for name, (color, mark, dashes) in STYLES.items():
             points = [
                 r for r in rows if r["tau"] == tau and r["method"] == name
             ]
-            style = "k:" if name == "uniform" else "o-"
-            width = 2.5 if name.startswith("default") else 1.2
-            axis.loglog(
+            panel.loglog(
                 [p["num_features"] for p in points],
                 [p["median"] for p in points],
-                style,
                 label=name,
-                linewidth=width,
-                markersize=4,
+                color=color,
+                marker=mark,
+                linestyle=dashes,
+                linewidth=2.5 if name.startswith("default") else 1.4,
+                markersize=4.5,
             )
-        axis.set_title(f"|q|² = |k|² = {tau:g}")
-        axis.set_xlabel("features D")
-        axis.set_xticks(sorted({r["num_features"] for r in rows}))
-        axis.get_xaxis().set_major_formatter("{x:.0f}")
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("relative error of the attention matrix")
-    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+        panel.set_title(f"|q|² = |k|² = {tau:g}")
+        panel.set_xlabel("features a head")
+        panel.set_xticks(sorted({r["num_features"] for r in rows}))
+        panel.get_xaxis().set_major_formatter("{x:.0f}")
+        panel.minorticks_off()
+        panel.grid(color="0.92")
+    panels[0, 0].yaxis.set_major_formatter("{x:g}")
+    panels[0, 0].set_ylabel("relative error of the attention matrix")
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+    )
+    return figure
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--tau", type=float, nargs="+", default=[0.5, 1.0, 2.0])
-    parser.add_argument(
-        "--features", type=int, nargs="+", default=[64, 128, 256, 512]
-    )
-    parser.add_argument("--output", default="results/approximation")
-    args = parser.parse_args()
+    args = parse_args()
     rows = []
     for tau in args.tau:
         for num_features in args.features:
@@ -156,11 +193,11 @@ def main():
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write(rows, path.with_suffix(".csv"))
+    print(f"wrote {path.with_suffix('.csv')}")
     try:
-        plot(rows, path.with_suffix(".png"))
+        styles.save(plot(rows), path.with_suffix(".png"))
     except ImportError:
-        print("matplotlib is missing: pip install 'keras_kt[plot]' for a plot")
-    print(f"wrote {path.with_suffix('.csv')} and {path.with_suffix('.png')}")
+        print("No picture: it needs `pip install matplotlib`.")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,39 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--positions",
+        type=int,
+        nargs="+",
+        default=[100, 16_384],
+        help="tokens before the one timed",
+    )
+    add("--batch", type=int, default=1, help="sequences")
+    add("--layers", type=int, default=4, help="of the model")
+    add("--heads", type=int, default=4, help="number")
+    add("--head-dim", type=int, default=64, help="size")
+    add("--tokens", type=int, default=65, help="new tokens of a run")
+    add("--repeats", type=int, default=5, help="of each time")
+    add(
+        "--output",
+        type=Path,
+        default="results/streams/hub_decode.json",
+        help="a JSON file",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # First, so that --help does not wait for TensorFlow.
+    print("Loading TensorFlow …", flush=True)
+
 import keras
 import keras_hub
 import numpy as np
@@ -97,6 +130,8 @@ def measure(args):
     # turn compiles.
     for lap in range(1 + args.repeats):
         for name, position in cells:
+            turn = f"turn {lap} of {args.repeats}" if lap else "compiling"
+            print(f"{turn}: {name}, {position:,} tokens …", flush=True)
             found = seconds_of_token(generates[name], args, position)
             sizes.setdefault((name, position), tasks[name].sampler.cache_bytes)
             if lap:
@@ -134,17 +169,7 @@ def show(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--positions", type=int, nargs="+", default=[100, 16_384])
-    add("--batch", type=int, default=1)
-    add("--layers", type=int, default=4)
-    add("--heads", type=int, default=4)
-    add("--head-dim", type=int, default=64)
-    add("--tokens", type=int, default=65, help="new tokens of a run")
-    add("--repeats", type=int, default=5)
-    add("--output", type=Path, default="results/streams/hub_decode.json")
-    args = parser.parse_args()
+    args = parse_args()
     rows = measure(args)
     show(rows)
     gpus = tf.config.list_physical_devices("GPU")

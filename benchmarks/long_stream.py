@@ -22,29 +22,18 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import keras
-import numpy as np
-import tensorflow as tf
 
-import keras_kt
-
-WIDTH = 32
-
-
-def main():
-    args = arguments()
-    record = stream(args.tokens, args.per_call, args.options)
-    print(json.dumps(record, indent=2))
-    if args.output:
-        args.output.write_text(json.dumps(record) + "\n")
-
-
-def arguments():
+def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--per-call", type=int, default=1000)
+    parser.add_argument(
+        "--tokens", type=int, default=1_000_000, help="of the stream"
+    )
+    parser.add_argument(
+        "--per-call", type=int, default=1000, help="tokens of a call"
+    )
     parser.add_argument(
         "--options",
         type=json.loads,
@@ -58,6 +47,27 @@ def arguments():
     return args
 
 
+if __name__ == "__main__":
+    parse_args()  # First, so that --help does not wait for TensorFlow.
+    print("Loading TensorFlow …", flush=True)
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_kt
+
+WIDTH = 32
+
+
+def main():
+    args = parse_args()
+    record = stream(args.tokens, args.per_call, args.options)
+    print(json.dumps(record, indent=2))
+    if args.output:
+        args.output.write_text(json.dumps(record) + "\n")
+
+
 def stream(tokens, per_call, options):
     """Runs a stream and half of it again; the record of what was seen."""
     keras.utils.set_random_seed(0)
@@ -66,11 +76,16 @@ def stream(tokens, per_call, options):
     run = compiled(layer)
     calls = tokens // per_call
     start = layer.initial_state(1)
+    print("Compiling …", flush=True)
     run(start, inputs(0, per_call))  # traces
+    said = time.monotonic()
     state, outputs, seconds, sizes = start, [], [], {bytes_of(start)}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "state.npz"
         for call in range(calls):
+            if time.monotonic() - said >= 10.0:
+                said = time.monotonic()
+                print(f"{call * per_call:,} of {tokens:,} tokens", flush=True)
             if call == calls // 2:
                 np.savez(file, *tf.nest.flatten(state))
             tokens_of_call = inputs(call, per_call)
@@ -83,6 +98,7 @@ def stream(tokens, per_call, options):
             again = tf.nest.pack_sequence_as(
                 start, [arrays[name] for name in arrays.files]
             )
+    print("The second half again, from the file …", flush=True)
     for call in range(calls // 2, calls):
         again, output = run(again, inputs(call, per_call))
         np.testing.assert_array_equal(output, outputs[call])

@@ -14,6 +14,26 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--epochs", type=int, default=4, help="default: %(default)s")
+    add("--steps", type=int, default=100, help="of an epoch")
+    add("--length", type=int, default=1024, help="tokens")
+    add("--batch", type=int, default=8, help="default: %(default)s")
+    add("--layers", type=int, default=2, help="default: %(default)s")
+    add("--health", action="store_true", help="look at a batch, too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # First, so that --help does not wait for TensorFlow.
+    print("Loading TensorFlow …", flush=True)
+
 import keras
 import numpy as np
 
@@ -38,15 +58,7 @@ class Timed(keras_kt.diagnostics.SpectralMonitor):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--epochs", type=int, default=4, help="default: %(default)s")
-    add("--steps", type=int, default=100, help="of an epoch")
-    add("--length", type=int, default=1024, help="tokens")
-    add("--batch", type=int, default=8, help="default: %(default)s")
-    add("--layers", type=int, default=2, help="default: %(default)s")
-    add("--health", action="store_true", help="look at a batch, too")
-    args = parser.parse_args()
+    args = parse_args()
     x = keras.Input((args.length, 64))
     y = x
     for _ in range(args.layers):
@@ -55,6 +67,7 @@ def main():
     model.compile("adam", "mse")
     batch = np.random.default_rng(0).normal(size=(args.batch, args.length, 64))
     data = np.tile(batch.astype("float32"), (args.steps, 1, 1))
+    print("Compiling the training step …", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         monitor = Timed(
             folder, data=data[: args.batch] if args.health else None

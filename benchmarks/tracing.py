@@ -20,11 +20,6 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import keras
-import tensorflow as tf
-
-import keras_kt
-
 CAUSAL = {"use_causal_mask": True}
 # Arguments of the layer, and of its call.
 ROWS = {
@@ -39,6 +34,48 @@ ROWS = {
     "MultiHeadAttention": (None, {}),
     "causal MultiHeadAttention": (None, CAUSAL),
 }
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--rows",
+        nargs="+",
+        default=list(ROWS),
+        choices=list(ROWS),
+        help="layers",
+    )
+    add(
+        "--blocks",
+        type=int,
+        nargs="+",
+        default=[1, 4],
+        help="layers of a model",
+    )
+    add("--batch", type=int, default=2, help="sequences")
+    add("--length", type=int, default=1024, help="tokens")
+    add("--heads", type=int, default=8, help="number")
+    add("--head-dim", type=int, default=64, help="size")
+    add("--dynamic", action="store_true", help="batch and length unknown")
+    add("--counts-only", action="store_true", help="no seconds")
+    add("--output", default="results/tracing", help="of .json and .md")
+    add("--one", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # First, so that --help does not wait for TensorFlow.
+    print("Loading TensorFlow …", flush=True)
+
+import keras
+import tensorflow as tf
+
+import keras_kt
+
 COLUMNS = {
     "operations": "operations",
     "trace": "trace, s",
@@ -149,22 +186,7 @@ def in_own_process(name, blocks):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    add("--blocks", type=int, nargs="+", default=[1, 4])
-    add("--batch", type=int, default=2)
-    add("--length", type=int, default=1024)
-    add("--heads", type=int, default=8)
-    add("--head-dim", type=int, default=64)
-    add("--dynamic", action="store_true", help="batch and length unknown")
-    add("--counts-only", action="store_true", help="no seconds")
-    add("--output", default="results/tracing", help="of .json and .md")
-    add("--one", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse_args()
     if args.one:
         print(json.dumps(measure(args, args.one[0], int(args.one[1]))))
         return
@@ -181,6 +203,7 @@ def main():
     path.parent.mkdir(parents=True, exist_ok=True)
     pairs = [(name, n) for n in args.blocks for name in args.rows]
     for index, (name, blocks) in enumerate(pairs, 1):
+        print(f"{name}, {blocks} blocks …", flush=True)
         record["rows"].append(in_own_process(name, blocks))
         print(f"{index}/{len(pairs)} {json.dumps(record['rows'][-1])}")
         # Kept as it grows: a run takes minutes.

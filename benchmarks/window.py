@@ -16,6 +16,29 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--lengths", type=int, nargs="+", default=[16384, 65536], help="tokens")
+    add("--window", type=int, default=256, help="keys")
+    add("--heads", type=int, default=8, help="number")
+    add("--head-dim", type=int, default=64, help="size")
+    add("--features", type=int, default=128, help="D")
+    add("--repeats", type=int, default=5, help="of each time")
+    add("--no-memory", action="store_true", help="times only")
+    add("--output", type=Path, help="a JSON file for the record")
+    parser.set_defaults(model_garden=None)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # First, so that --help does not wait for TensorFlow.
+    print("Loading TensorFlow …", flush=True)
+
 import numpy as np
 import tensorflow as tf
 
@@ -32,29 +55,19 @@ CAUSAL = "ours causal"
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--lengths", type=int, nargs="+", default=[16384, 65536])
-    add("--window", type=int, default=256)
-    add("--heads", type=int, default=8)
-    add("--head-dim", type=int, default=64)
-    add("--features", type=int, default=128)
-    add("--repeats", type=int, default=5)
-    add("--no-memory", action="store_true")
-    add("--output", type=Path, help="a JSON file for the record")
-    parser.set_defaults(model_garden=None)
-    args = parser.parse_args()
+    args = parse_args()
     record = {
         "arguments": {k: v for k, v in vars(args).items() if k != "output"},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "tensorflow": tf.__version__,
-        "rows": [row for n in args.lengths for row in rows_of(args, n)],
+        "rows": [],
     }
-    for row in record["rows"]:
-        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    for length in args.lengths:
+        print(f"{length:,} tokens, compiling …", flush=True)
+        for row in rows_of(args, length):
+            record["rows"].append(row)
+            words = [f"{name} {value}" for name, value in row.items()]
+            print("  ".join(words), flush=True)
     if args.output:
         args.output.write_text(json.dumps(record) + "\n")
 

@@ -10,18 +10,39 @@ on the text. Its own `generate` runs on states of fixed size then:
     python examples/convert_llm.py --text shakespeare.txt
 """
 
-import argparse
-import os
-import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+from common import flags, read_text, require
+
+
+def parse_args():
+    parser = flags(__doc__)
+    add = parser.add_argument
+    add("--text", type=Path, default="shakespeare.txt", help="a text file")
+    add("--length", type=int, default=128, help="of a window, in bytes")
+    add("--steps", type=int, default=1000, help="of the softmax model")
+    add("--distill-steps", type=int, default=60, help="of layers")
+    add("--fine-tune-steps", type=int, default=100, help="of the linear one")
+    add("--width", type=int, default=128, help="of the model")
+    add("--features", type=int, default=64, help="D of a head")
+    add("--prompt", default="ROMEO.\n", help="where a sample starts")
+    add("--sample", type=int, default=200, help="bytes to write")
+    add("--long", type=int, default=2048, help="bytes of a timed text")
+    add("--seed", type=int, default=0, help="of weights and data")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # First, so that --help does not wait for TensorFlow.
+    require("keras_hub", "keras-hub")
+    print("Loading TensorFlow …", flush=True)
 
 import keras
 import keras_hub
 import numpy as np
 import tensorflow as tf
+from progress import progress, working
 
 import keras_kt
 from keras_kt import conversion
@@ -48,17 +69,20 @@ def main():
     report("converted", student, test)
 
     steps = args.distill_steps
-    conversion.distill(student, teacher, train, steps=steps)
+    with working(f"Distilling layers, {steps} steps"):
+        conversion.distill(student, teacher, train, steps=steps)
     report("layers distilled", student, test)
     rest = train.skip(steps)
-    conversion.distill_outputs(student, teacher, rest, steps=2 * steps)
+    with working(f"Distilling outputs, {2 * steps} steps"):
+        conversion.distill_outputs(student, teacher, rest, steps=2 * steps)
     report("outputs distilled", student, test)
     fit(student, train.skip(3 * steps), args.fine_tune_steps, 1e-3)
     report("fine-tuned", student, test)
 
     for name, model in (("softmax", teacher), ("linear", student)):
         model.compile(sampler="greedy")
-        generated(model, args, args.long)  # traces and compiles
+        with working(f"Compiling {name} generation"):
+            generated(model, args, args.long)
         start = time.perf_counter()
         generated(model, args, args.long)
         each = 1000.0 * (time.perf_counter() - start) / args.long
@@ -67,32 +91,9 @@ def main():
     print(generated(student, args, args.sample))
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--text", type=Path, default="shakespeare.txt", help="a file")
-    add("--length", type=int, default=128, help="bytes; default: %(default)s")
-    add("--steps", type=int, default=1000, help="of the softmax model")
-    add("--distill-steps", type=int, default=60, help="default: %(default)s")
-    add("--fine-tune-steps", type=int, default=100, help="of the linear one")
-    add("--width", type=int, default=128, help="default: %(default)s")
-    add("--features", type=int, default=64, help="default: %(default)s")
-    add("--prompt", default="ROMEO.\n", help="what a sample goes on from")
-    add("--sample", type=int, default=200, help="bytes; default: %(default)s")
-    add("--long", type=int, default=2048, help="bytes of a timed text")
-    add("--seed", type=int, default=0, help="default: %(default)s")
-    return parser.parse_args()
-
-
 def read(args):
     """Batches of windows of the text's bytes, each with what comes next."""
-    if not args.text.is_file() or args.text.stat().st_size < 40 * args.length:
-        sys.exit(
-            f"--text must be a text file of {40 * args.length} bytes or more. "
-            f"Received: {args.text}. Take any, or https://www.gutenberg.org/"
-            "cache/epub/100/pg100.txt."
-        )
-    text = np.fromfile(args.text, "uint8").astype("int32")
+    text = read_text(args.text, 40 * args.length).astype("int32")
     parts = np.split(text, [round((1.0 - HELD_OUT) * len(text))])
     rng = np.random.default_rng(args.seed)
 
@@ -126,8 +127,7 @@ def build(args):
 def fit(model, data, steps, learning_rate):
     schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
     model.compile(optimizer=keras.optimizers.AdamW(schedule), loss=LOSS)
-    verbose = 1 if sys.stdout.isatty() else 2
-    options = {"steps_per_epoch": steps, "shuffle": False, "verbose": verbose}
+    options = {"steps_per_epoch": steps, "shuffle": False, **progress()}
     model.fit(data.repeat(), **options)
 
 

@@ -10,16 +10,35 @@ error of attention are printed after each; stop where they are good.
     python examples/convert_pretrained.py --data-dir aclImdb
 """
 
-import argparse
-import os
-import sys
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+from common import flags, read_reviews
+
+
+def parse_args():
+    parser = flags(__doc__)
+    add = parser.add_argument
+    add("--data-dir", type=Path, default="aclImdb", help="else downloaded")
+    add("--examples", type=int, help="reviews of a split, None: all")
+    add("--length", type=int, default=256, help="words of a review")
+    add("--epochs", type=int, default=2, help="of the softmax model")
+    add("--fine-tune-epochs", type=int, default=1, help="of the linear one")
+    add("--batch-size", type=int, default=32, help="reviews of a step")
+    add("--features", type=int, default=64, help="mean D of layers")
+    add("--distill-steps", type=int, default=60, help="of 8 reviews")
+    add("--seed", type=int, default=0, help="of weights and order")
+    add("--output", type=Path, default="convert_output", help="a folder")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # First, so that --help does not wait for TensorFlow.
+    print("Loading TensorFlow …", flush=True)
 
 import keras
 import numpy as np
 import tensorflow as tf
+from progress import progress, working
 
 import keras_kt
 from keras_kt import conversion
@@ -29,13 +48,15 @@ WORDS, WIDTH, HEADS, KEY_DIM, BLOCKS = 8192, 64, 4, 16, 2
 
 def main():
     args = parse_args()
-    train, test = (load(args.data_dir / s, args) for s in ("train", "test"))
+    with working("Reading reviews"):
+        train, test = read_reviews(args.data_dir, args.examples)
     keras.utils.set_random_seed(args.seed)
     words = keras.layers.TextVectorization(
         WORDS, output_sequence_length=args.length
     )
-    words.adapt(tf.data.Dataset.from_tensor_slices(train[0]).batch(500))
-    train, test = ((words(texts).numpy(), y) for texts, y in (train, test))
+    with working("Counting words"):
+        words.adapt(tf.data.Dataset.from_tensor_slices(train[0]).batch(500))
+        train, test = ((words(texts).numpy(), y) for texts, y in (train, test))
 
     teacher = build_model()
     fit(teacher, *train, args, args.epochs, learning_rate=2e-3)
@@ -46,23 +67,29 @@ def main():
     print(changes)
     report("converted", student, test, teacher)
 
-    print(conversion.calibrate(student, train[0][:32], budget=args.features))
+    with working("Calibrating"):
+        changes = conversion.calibrate(
+            student, train[0][:32], budget=args.features
+        )
+    print(changes)
     report("calibrated", student, test, teacher)
 
-    conversion.distill(
-        student,
-        teacher,
-        tf.data.Dataset.from_tensor_slices(train[0]).batch(8),
-        steps=args.distill_steps,
-        learning_rate=3e-3,
-        train_projections=True,
-    )
+    with working(f"Distilling, {args.distill_steps} steps"):
+        conversion.distill(
+            student,
+            teacher,
+            tf.data.Dataset.from_tensor_slices(train[0]).batch(8),
+            steps=args.distill_steps,
+            learning_rate=3e-3,
+            train_projections=True,
+        )
     report("distilled", student, test, teacher)
 
     fit(student, *train, args, args.fine_tune_epochs, learning_rate=5e-4)
     accuracy = report("fine-tuned", student, test, teacher)
 
-    folder = keras_kt.export_saved_model(student, args.output)
+    with working("Exporting"):
+        folder = keras_kt.export_saved_model(student, args.output)
     served = tf.saved_model.load(folder).signatures["serve"]
     (answer,) = served(tokens=tf.constant(test[0][:8])).values()
     difference = np.abs(answer - student(test[0][:8])).max()
@@ -70,41 +97,6 @@ def main():
         f"{folder}: linear, accuracy {accuracy:.4f}; its answers differ by "
         f"{difference:.1e} from the live model's."
     )
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--data-dir", type=Path, default="aclImdb", help="default: %(default)s")
-    add("--examples", type=int, help="reviews of each split; default: all")
-    add("--length", type=int, default=256, help="words; default: %(default)s")
-    add("--epochs", type=int, default=2, help="of the softmax model")
-    add("--fine-tune-epochs", type=int, default=1, help="of the linear one")
-    add("--batch-size", type=int, default=32, help="default: %(default)s")
-    add("--features", type=int, default=64, help="default: %(default)s")
-    add("--distill-steps", type=int, default=60, help="default: %(default)s")
-    add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--output", type=Path, default="convert_output", help="a folder")
-    return parser.parse_args()
-
-
-def load(folder, args):
-    """Texts in random order, and labels `(reviews, 1)`."""
-    paths = [
-        (path, label)
-        for label, name in enumerate(("neg", "pos"))
-        for path in sorted((folder / name).glob("*.txt"))
-    ]
-    if {label for _, label in paths} != {0, 1}:
-        sys.exit(
-            f"{folder} must hold reviews in neg and pos, one .txt file each. "
-            "Download aclImdb_v1.tar.gz from "
-            "https://ai.stanford.edu/~amaas/data/sentiment/, unpack it and "
-            "give the folder aclImdb with --data-dir."
-        )
-    order = np.random.default_rng(0).permutation(len(paths))[: args.examples]
-    texts = [paths[i][0].read_text("utf-8") for i in order]
-    return texts, np.array([[paths[i][1]] for i in order], "float32")
 
 
 def build_model():
@@ -128,14 +120,14 @@ def fit(model, x, y, args, epochs, learning_rate):
         keras.optimizers.AdamW(learning_rate, weight_decay=1e-3),
         keras.losses.BinaryCrossentropy(from_logits=True),
     )
-    verbose = 1 if sys.stdout.isatty() else 2
-    model.fit(x, y, args.batch_size, epochs, verbose)
+    model.fit(x, y, args.batch_size, epochs, **progress())
 
 
 def report(stage, model, test, teacher=None):
     """Prints accuracy, and by layer how far attention is from softmax's."""
     x, y = test
-    outputs = model.predict(x, verbose=0)
+    with working(f"Testing on {len(x):,} reviews"):
+        outputs = model.predict(x, verbose=0)
     accuracy = np.mean((outputs > 0.0) == (y > 0.5))
     line = f"{stage}: accuracy {accuracy:.4f}"
     if teacher is not None:

@@ -11,15 +11,38 @@ Under MultiWorkerMirroredStrategy Keras 3's `fit` fails (keras issue 20585):
 `python -m experiments distributed` has a loop for that.
 """
 
-import argparse
-import os
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+from common import flags
+
+
+def parse_args():
+    parser = flags(__doc__)
+    add = parser.add_argument
+    add(
+        "--strategy",
+        choices=("none", "mirrored", "tpu"),
+        default="none",
+        help="devices",
+    )
+    add("--cpus", type=int, help="logical CPUs for mirrored; else its GPUs")
+    add("--tpu", default="local", help="name, address, or local (TPU VM)")
+    add("--epochs", type=int, default=5, help="of --steps each")
+    add("--steps", type=int, default=20, help="of an epoch")
+    add("--batch-size", type=int, default=32, help="of all replicas together")
+    add("--learning-rate", type=float, default=5e-3, help="of AdamW")
+    add("--seed", type=int, default=0, help="of weights and data")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # First, so that --help does not wait for TensorFlow.
+    print("Loading TensorFlow …", flush=True)
 
 import keras
 import numpy as np
 import tensorflow as tf
+from progress import progress
 
 import keras_kt
 
@@ -51,26 +74,12 @@ def main():
         epochs=args.epochs,
         steps_per_epoch=args.steps,
         shuffle=False,
-        verbose=1 if sys.stdout.isatty() else 2,
+        **progress(),
     ).history
     print(
         f"{replicas} replicas: loss {history['loss'][-1]:.5f}, accuracy "
         f"{history['accuracy'][-1]:.3f} after {args.epochs * args.steps} steps."
     )
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--strategy", choices=("none", "mirrored", "tpu"), default="none")
-    add("--cpus", type=int, help="logical CPUs, where there are no GPUs")
-    add("--tpu", default="local", help="name, address, or local (TPU VM)")
-    add("--epochs", type=int, default=5, help="default: %(default)s")
-    add("--steps", type=int, default=20, help="of an epoch")
-    add("--batch-size", type=int, default=32, help="of all replicas together")
-    add("--learning-rate", type=float, default=5e-3)
-    add("--seed", type=int, default=0, help="default: %(default)s")
-    return parser.parse_args()
 
 
 def make_strategy(args):

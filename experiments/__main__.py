@@ -22,7 +22,18 @@ def main():
     if name not in (*TASKS, *OTHERS):
         sys.exit(f"{USAGE}\n\nNAME must be one of these. Received: {name}")
     module = TASKS[name].module if name in TASKS else name
-    module = importlib.import_module(f"experiments.{module}")
+    if "--help" not in argv and "-h" not in argv:
+        print("Loading TensorFlow …", flush=True)
+    try:
+        module = importlib.import_module(f"experiments.{module}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("tensorflow_text", "keras_hub"):
+            raise
+        sys.exit(
+            f"{name} needs {error.name.replace('_', '-')}, which is not "
+            f"installed. From a clone: pip install -e '.[text]' (tensorflow-"
+            "text), or pip install keras-hub."
+        )
     return module.main(argv, name) if name in TASKS else module.main(argv)
 
 

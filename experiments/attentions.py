@@ -53,6 +53,7 @@ FLAGS = (
     "decay",
     "near_field",
 )
+SYSTEMS = ("softmax", *keras_kt.PAPER_SYSTEMS)
 FIXED_SYSTEMS = ("Performer", "RBF-RKS", "RBF-PRF")
 MENDED = "mended"
 HELP = (
@@ -68,7 +69,7 @@ def add_arguments(parser):
     add = layer.add_argument
     add("--num-features", type=int, help="of each head")
     add("--spectral-pace", type=float, help="of the kernel's parameters")
-    add("--decay", choices=("constant", "gated"))
+    add("--decay", choices=("constant", "gated"), help="of distant keys")
     add("--near-field", type=int, help="tokens")
     kernel = parser.add_argument_group("of PRIOR:MAP")
     add = kernel.add_argument
@@ -81,10 +82,14 @@ def add_arguments(parser):
         default=None,
         help="queries and keys have point masses of their own",
     )
-    add("--prefactor", choices=("softmax", "gaussian", "tilted", "self"))
+    add(
+        "--prefactor",
+        choices=("softmax", "gaussian", "tilted", "self"),
+        help="of positive maps",
+    )
     add("--smoothing", type=float, help="of trigonometric maps")
-    add("--qk-norm", choices=("auto", "l2", "none"))
-    add("--redraw", choices=("step",))
+    add("--qk-norm", choices=("auto", "l2", "none"), help="of both")
+    add("--redraw", choices=("step",), help="fresh frequencies")
 
 
 def flags_text(args):

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from experiments import attentions, grids, records
 from experiments.flags import SIZES
+from experiments.help import Help
 
 # Columns that pairs share, beside the seed and D.
 SHARED = ("task", "sizes", "title", "metric", "preset", *SIZES)
@@ -57,7 +58,7 @@ def main(argv):
     parser = argparse.ArgumentParser(
         prog="python -m experiments compare",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     add = parser.add_argument
     add("--results", type=Path, default="results/experiments", help="a folder")

@@ -10,7 +10,6 @@ in text.py:
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -19,9 +18,11 @@ import numpy as np
 import tensorflow as tf
 
 import keras_kt
+from examples.progress import progress, working
 from experiments import convert_report, records, reviews
 from experiments.convert_report import RUN, STAGE
 from experiments.convert_tasks import TASKS, byte_array
+from experiments.help import Help
 
 LEARNING_RATE = 2e-3
 FINE_TUNING_RATE = 5e-4
@@ -68,11 +69,12 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(
         prog="python -m experiments convert",
         description=__doc__.split("\n\n")[0],
+        formatter_class=Help,
     )
     add = parser.add_argument
     add("--data-dir", type=Path, default=Path("."), help="has aclImdb/")
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    add("--examples", type=int, help="reviews of each split; default: all")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="names")
+    add("--examples", type=int, help="reviews of each split; None: all")
     add("--steps", type=int, default=1000, help="default: %(default)s")
     add("--batch-size", type=int, default=32, help="default: %(default)s")
     add("--words", type=int, default=256, help="default: %(default)s")
@@ -108,7 +110,10 @@ def run_stages(name, train, test, args):
                 model, test[0][:8], teacher=teacher
             )
             errors = list(found.layers.values())
-        outputs = model.predict(test[0], batch_size=args.batch_size, verbose=0)
+        with working(f"Testing, {stage}"):
+            outputs = model.predict(
+                test[0], batch_size=args.batch_size, verbose=0
+            )
         row = {
             "task": name,
             "seed": args.seed,
@@ -140,9 +145,10 @@ def run_stages(name, train, test, args):
     print(conversion)
 
     start = time.perf_counter()
-    calibration = keras_kt.conversion.calibrate(
-        student, train[0][:CALIBRATING], budget=args.features
-    )
+    with working("Calibrating"):
+        calibration = keras_kt.conversion.calibrate(
+            student, train[0][:CALIBRATING], budget=args.features
+        )
     report("calibrated", student, time.perf_counter() - start)
     print(calibration)
     convert_report.draw(name, student, calibration, test[0][:1], args)
@@ -150,14 +156,15 @@ def run_stages(name, train, test, args):
     start = time.perf_counter()
     rng = np.random.default_rng(args.seed)
     chosen = rng.permutation(len(train[0]))[: 8 * args.distill_steps]
-    keras_kt.conversion.distill(
-        student,
-        teacher,
-        tf.data.Dataset.from_tensor_slices(train[0][chosen]).batch(8),
-        steps=args.distill_steps,
-        learning_rate=3e-3,
-        train_projections=True,
-    )
+    with working(f"Distilling, {args.distill_steps} steps"):
+        keras_kt.conversion.distill(
+            student,
+            teacher,
+            tf.data.Dataset.from_tensor_slices(train[0][chosen]).batch(8),
+            steps=args.distill_steps,
+            learning_rate=3e-3,
+            train_projections=True,
+        )
     report("distilled", student, time.perf_counter() - start)
 
     steps = int(SHARE * args.steps)
@@ -201,7 +208,7 @@ def fit(task, model, train, args, steps, learning_rate):
         epochs=reports,
         # The dataset does it.
         shuffle=False,
-        verbose=1 if sys.stdout.isatty() else 2,
+        **progress(),
     )
     return time.perf_counter() - start
 

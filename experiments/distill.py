@@ -17,9 +17,11 @@ import numpy as np
 import tensorflow as tf
 
 import keras_kt
+from examples.progress import working
 from experiments import records, reviews
 from experiments.convert import fit
 from experiments.convert_tasks import TASKS
+from experiments.help import Help
 
 LEARNING_RATE = 2e-3
 KEYS = ("task", "seed", "way", "number")
@@ -58,12 +60,15 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(
         prog="python -m experiments distill",
         description=__doc__.split("\n\n")[0],
+        formatter_class=Help,
     )
     add = parser.add_argument
     add("--data-dir", type=Path, default=Path("."), help="has aclImdb/")
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    add("--seeds", nargs="+", type=int, default=[0])
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="names")
+    add(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="to convert"
+    )
+    add("--seeds", nargs="+", type=int, default=[0], help="of runs")
     add("--steps", type=int, default=600, help="default: %(default)s")
     add("--layer-steps", type=int, default=40, help="default: %(default)s")
     add("--output-steps", type=int, default=80, help="default: %(default)s")
@@ -157,23 +162,25 @@ def stages(task, seed, way, teacher, train, test, args):
     batches = tf.data.Dataset.from_tensor_slices(train[0])
     batches = batches.shuffle(len(train[0]), seed=seed).batch(args.batch_size)
     start = time.perf_counter()
-    keras_kt.conversion.distill(
-        student,
-        teacher,
-        batches,
-        steps=args.layer_steps,
-        learning_rate=schedule(args.layer_rate, args.layer_steps),
-        train_projections=True,
-    )
+    with working(f"Distilling layers, {args.layer_steps} steps"):
+        keras_kt.conversion.distill(
+            student,
+            teacher,
+            batches,
+            steps=args.layer_steps,
+            learning_rate=schedule(args.layer_rate, args.layer_steps),
+            train_projections=True,
+        )
     report("layers distilled", args.layer_steps, start)
     start = time.perf_counter()
-    keras_kt.conversion.distill_outputs(
-        student,
-        teacher,
-        batches.skip(args.layer_steps),
-        steps=args.output_steps,
-        learning_rate=schedule(args.output_rate, args.output_steps),
-    )
+    with working(f"Distilling outputs, {args.output_steps} steps"):
+        keras_kt.conversion.distill_outputs(
+            student,
+            teacher,
+            batches.skip(args.layer_steps),
+            steps=args.output_steps,
+            learning_rate=schedule(args.output_rate, args.output_steps),
+        )
     report("outputs distilled", args.output_steps, start)
     return rows
 

@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_kt
+from experiments.help import Help
 from experiments.strategies import (
     add_strategy_arguments,
     is_chief,
@@ -67,13 +68,14 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(
         prog="python -m experiments distributed",
         description=__doc__.split("\n\n")[0],
+        formatter_class=Help,
     )
     add = parser.add_argument
     add("--steps", type=int, default=100, help="default: %(default)s")
     add("--batch-size", type=int, default=32, help="of all replicas together")
-    add("--learning-rate", type=float, default=5e-3)
+    add("--learning-rate", type=float, default=5e-3, help="of AdamW")
     add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--redraw", choices=("never", "step"), default="step")
+    add("--redraw", choices=("never", "step"), default="step", help="when")
     add("--checkpoints", type=Path, help="a folder that all workers see")
     add("--save-every", type=int, default=10, help="steps")
     add_strategy_arguments(parser)

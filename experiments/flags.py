@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 
 from experiments import attentions
+from experiments.help import Help
 from experiments.strategies import add_strategy_arguments
 from experiments.tasks import TASKS
 
@@ -85,12 +86,12 @@ def parse_args(doc, presets, argv, task, extra=None):
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments {task}",
         description=doc.split("\n\n")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         epilog=attentions.HELP,
     )
     add = parser.add_argument
     add("--data-dir", type=Path, default=Path("."), help="a folder")
-    add("--preset", choices=presets, default="cpu")
+    add("--preset", choices=presets, default="cpu", help="sizes, schedule")
     add("--attention", default="mixture:positive", help="see below")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--results", type=Path, default="runs", help="folder of the study")
@@ -102,7 +103,7 @@ def parse_args(doc, presets, argv, task, extra=None):
     )
     add("--draws", type=int, default=10, help="fresh draws to test with")
     add("--draw-examples", type=int, default=1000, help="test examples of each")
-    add("--test-examples", type=int, help="at most; default: all")
+    add("--test-examples", type=int, help="at most; None: all")
     add("--pack", type=Path, help="a folder to pack the run into: see offload")
     add("--unpack", type=Path, help="a folder of results to record")
     if extra:
@@ -111,7 +112,13 @@ def parse_args(doc, presets, argv, task, extra=None):
     sizes = parser.add_argument_group("in place of the preset's")
     for field in dataclasses.fields(Preset):
         flag = f"--{field.name.replace('_', '-')}"
-        sizes.add_argument(flag, type=_type_of(field.name))
+        values = [
+            f"{name} {getattr(preset, field.name)}"
+            for name, preset in presets.items()
+        ]
+        sizes.add_argument(
+            flag, type=_type_of(field.name), help=", ".join(values)
+        )
     add_strategy_arguments(parser)
     args = parser.parse_args(argv)
     args.task, args.options = task, _options(parser, args)

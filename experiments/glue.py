@@ -112,7 +112,7 @@ def add_arguments(parser):
     add("--pretrained", type=Path, help="an NPZ file to write, or to take")
     add("--pretraining-steps", type=int, help="0 for none")
     add("--vocabulary", type=Path, help="a text file to write, or to take")
-    add("--vocabulary-size", type=int, default=8000)
+    add("--vocabulary-size", type=int, default=8000, help="words")
 
 
 def read_task(folder, task):

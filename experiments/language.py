@@ -84,7 +84,12 @@ def main(argv, task):
 
 def add_arguments(parser):
     add = parser.add_argument
-    add("--text", choices=("shakespeare", "imdb"), default="shakespeare")
+    add(
+        "--text",
+        choices=("shakespeare", "imdb"),
+        default="shakespeare",
+        help="of the data",
+    )
     add("--prompt", default=PROMPT.decode(), help="what a sample goes on from")
     add("--sample", type=int, default=400, help="bytes; 0 for none")
     add("--temperature", type=float, default=0.8, help="default: %(default)s")

@@ -15,6 +15,7 @@ import itertools
 import keras
 import numpy as np
 
+from examples.progress import working
 from experiments import body, recipe
 from experiments.data import Data
 from experiments.flags import Preset, parse_args
@@ -65,7 +66,8 @@ def main(argv, task):
     if args.min_length is None:
         args.min_length = MIN_LENGTH[args.preset_name]
     title = f"ListOps, {args.min_length}-{args.preset.length} tokens"
-    data = load_data(args)
+    with working("Drawing trees"):
+        data = load_data(args)
     if args.floor:
         print(f"{title}: the first operator alone {first_operator(data):.4f}")
         return
@@ -74,7 +76,7 @@ def main(argv, task):
 
 def add_arguments(parser):
     add = parser.add_argument
-    add("--min-length", type=int, help="tokens; default: 100, paper 501")
+    add("--min-length", type=int, help="tokens; None: 100, paper 501")
     add("--data-seed", type=int, default=0, help="of the trees")
     add("--floor", action="store_true", help="score the first operator, leave")
 

@@ -7,13 +7,15 @@ mark and its end is replaced by the first table under that heading:
     | … |
     <!-- end -->
 
-    python -m experiments pages README.md docs/experiments.md
+    python -m experiments pages docs/experiments.md
 """
 
 import argparse
 import re
 import sys
 from pathlib import Path
+
+from experiments.help import Help
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = re.compile(
@@ -26,9 +28,9 @@ def main(argv):
     parser = argparse.ArgumentParser(
         prog="python -m experiments pages",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
-    parser.add_argument("pages", nargs="+", type=Path)
+    parser.add_argument("pages", nargs="+", type=Path, help="Markdown files")
     for page in parser.parse_args(argv).pages:
         try:
             text = fill(page.read_text(), ROOT)

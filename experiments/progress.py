@@ -1,5 +1,6 @@
 """Progress of a run: its curve and times, which survive with checkpoints."""
 
+import contextlib
 import json
 import sys
 import time
@@ -29,8 +30,10 @@ UNCHECKED = (
 class Progress:
     """Progress, curve and times of a run; survives with its checkpoints."""
 
-    def __init__(self, args, title, validate, metric):
+    def __init__(self, args, title, validate, metric, interval):
         self.args, self.validate, self.metric = args, validate, metric
+        # Seconds between lines, and what ends with the first step.
+        self.interval, self.before_step = interval, contextlib.ExitStack()
         self.curve, self.times, self.losses = [], [], []
         self.seconds = 0.0
         self.path = args.checkpoints and args.checkpoints / "progress.json"
@@ -44,7 +47,7 @@ class Progress:
         }
         if self.path and self.path.exists():
             self._resume(json.loads(self.path.read_text()))
-        self.last = time.perf_counter()
+        self.last = self.said = time.perf_counter()
 
     def _resume(self, saved):
         different = [
@@ -62,11 +65,21 @@ class Progress:
 
     def after_step(self, number, loss):
         now = time.perf_counter()
+        self.before_step.close()
         self.times.append(now - self.last)
         self.losses.append(loss)
         steps = self.args.preset.steps
         if is_point(number, steps, self.args.validations):
             self._report(number)
+            self.said = time.perf_counter()
+        elif now - self.said >= self.interval:
+            self.said = now
+            seconds = self.seconds + sum(self.times)
+            print(
+                f"step {number:6d} of {steps}  loss {np.mean(self.losses):.4f}"
+                f"  {seconds:.0f} s",
+                flush=True,
+            )
         if self.path and (
             number % self.args.save_every == 0 or number == steps
         ):

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_kt
+from examples.progress import INTERVAL, working
 from experiments import measure, offload, records
 from experiments.data import Synthetic, first, training_order
 from experiments.flags import identity
@@ -77,7 +78,8 @@ def run(
         )
     source = data
     if isinstance(data, Synthetic):
-        data = data.make()
+        with working("Making data"):
+            data = data.make()
     data = data._replace(
         validation=first(data.validation, args.validation_examples),
         test=first(data.test, args.test_examples),
@@ -108,14 +110,20 @@ def run(
         evaluate = measure.make_evaluation(args, model, score)
         part = first(data.test, scored_by_draws)
         progress = Progress(
-            args, title, lambda: _mean(evaluate(data.validation)), metric
+            args,
+            title,
+            lambda: _mean(evaluate(data.validation)),
+            metric,
+            INTERVAL,
         )
         columns, curve = _train(
             args, progress, data.train, (strategy, model, optimizer, loss)
         )
-        draws = measure.fresh_draws(model, args.draws)
-        fresh = np.array([evaluate(part) for _ in draws])
-        trained = Trained(columns, curve, Scores(evaluate(data.test), fresh))
+        with working(f"Testing, and with {args.draws} fresh draws"):
+            draws = measure.fresh_draws(model, args.draws)
+            fresh = np.array([evaluate(part) for _ in draws])
+            scores = Scores(evaluate(data.test), fresh)
+        trained = Trained(columns, curve, scores)
     draws = trained.scores.means_of_draws(args.draw_examples)
     row = {
         **identity(args),
@@ -159,15 +167,17 @@ def _mean(scores):
 def _train(args, progress, split, training):
     """Trains on this machine; columns of the row, and the curve."""
     memory = measure.peak_memory()
-    train(
-        *training,
-        make_batches(split, args),
-        steps=args.preset.steps,
-        checkpoints=args.checkpoints,
-        save_every=args.save_every,
-        jit_compile=uses_xla(args),
-        after_step=progress.after_step,
-    )
+    with progress.before_step as waiting:
+        waiting.enter_context(working("Compiling the training step"))
+        train(
+            *training,
+            make_batches(split, args),
+            steps=args.preset.steps,
+            checkpoints=args.checkpoints,
+            save_every=args.save_every,
+            jit_compile=uses_xla(args),
+            after_step=progress.after_step,
+        )
     peak = measure.peak_memory()
     columns = {
         **progress.times_of_all(),

@@ -9,7 +9,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from experiments import grids, plots, records
-from experiments.tasks import SYSTEMS, to_beat
+from experiments.attentions import SYSTEMS
+from experiments.help import Help
+from experiments.tasks import to_beat
 
 COLUMNS = "| attention | test {} | fresh draws | validation "
 COLUMNS += "| ms a step | minutes | peak MiB | seeds |"
@@ -19,6 +21,7 @@ def main(argv):
     parser = argparse.ArgumentParser(
         prog="python -m experiments report",
         description=__doc__.split("\n\n")[0],
+        formatter_class=Help,
     )
     add = parser.add_argument
     add("--results", type=Path, default="results/experiments", help="a folder")

@@ -1,13 +1,15 @@
 """IMDb's reviews, from the archive that is offered, unpacked, or one file.
 
 https://ai.stanford.edu/~amaas/data/sentiment/ has aclImdb_v1.tar.gz, which
-unpacks to aclImdb/.
+unpacks to aclImdb/; where a folder has neither, Keras downloads it to its own.
 """
 
 import sys
 import zipfile
 
 import numpy as np
+
+from examples.common import download_reviews
 
 SPLITS = ("train", "test")
 
@@ -19,12 +21,8 @@ def labelled(data_dir):
     elif (data_dir / "imdb_labelled.npz").exists():
         splits = _read_packed(data_dir / "imdb_labelled.npz")
     else:
-        sys.exit(
-            f"No IMDb reviews in {data_dir.resolve()}. Download "
-            "aclImdb_v1.tar.gz from "
-            "https://ai.stanford.edu/~amaas/data/sentiment/, unpack it and "
-            "give the folder that holds aclImdb/ with --data-dir."
-        )
+        folder = download_reviews(data_dir.resolve())
+        splits = [_read_folder(folder / s) for s in SPLITS]
     shuffled = []
     for texts, labels in splits:
         # The same order for every seed of the training.
@@ -70,16 +68,12 @@ def _read_packed(path):
 def unlabelled(folder):
     """The unlabelled reviews, a list of bytes."""
     unpacked, packed = folder / "aclImdb", folder / "imdb_unlabelled.npz"
-    if unpacked.is_dir():
-        paths = sorted((unpacked / "train" / "unsup").glob("*.txt"))
-        return [path.read_bytes() for path in paths]
-    if packed.exists():
+    if packed.exists() and not unpacked.is_dir():
         with np.load(packed) as arrays:
             data, offsets = arrays["data"].tobytes(), arrays["offsets"]
         pairs = zip(offsets[:-1], offsets[1:], strict=True)
         return [data[start:end] for start, end in pairs]
-    sys.exit(
-        "--data-dir must hold aclImdb/ or imdb_unlabelled.npz. Received: "
-        f"{folder.resolve()}, which does not. Unpack aclImdb_v1.tar.gz from "
-        "https://ai.stanford.edu/~amaas/data/sentiment/ there."
-    )
+    if not unpacked.is_dir():
+        unpacked = download_reviews(folder.resolve())
+    paths = sorted((unpacked / "train" / "unsup").glob("*.txt"))
+    return [path.read_bytes() for path in paths]

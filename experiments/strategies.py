@@ -23,7 +23,7 @@ TF_CONFIG = (
 def add_strategy_arguments(parser):
     group = parser.add_argument_group("distribution")
     add = group.add_argument
-    add("--strategy", choices=STRATEGIES, default="none")
+    add("--strategy", choices=STRATEGIES, default="none", help="devices")
     add("--tpu", default="local", help="name, address, or local (TPU VM)")
     add("--cpus", type=int, help="logical CPUs that `mirrored` runs on")
     add("--no-xla", action="store_true", help="compile nothing: short trials")

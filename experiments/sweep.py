@@ -27,7 +27,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from experiments import attentions, flags, records, report
-from experiments.tasks import SYSTEMS, TASKS
+from experiments.attentions import SYSTEMS
+from experiments.help import Help
+from experiments.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = defaultdict(threading.Lock)
@@ -47,12 +49,12 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(
         prog="python -m experiments sweep",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     add = parser.add_argument
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    add("--attention", nargs="+", default=list(SYSTEMS))
-    add("--seeds", nargs="+", type=int, default=[0])
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="names")
+    add("--attention", nargs="+", default=list(SYSTEMS), help="names")
+    add("--seeds", nargs="+", type=int, default=[0], help="of runs")
     add("--jobs", type=int, default=1, help="runs at a time")
     add("--data-dir", type=Path, default=".", help="a folder")
     add("--results", type=Path, default="results/experiments", help="a folder")
@@ -172,6 +174,7 @@ def run(job, args):
         environment["TF_NUM_INTEROP_THREADS"] = threads
     start = time.perf_counter()
     with lock, log.open("a") as file:
+        print(f"{name(job)}: see {log}", flush=True)
         code = subprocess.run(
             [*command, *args.flags],
             env=environment,

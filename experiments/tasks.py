@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-import keras_kt
-
 
 class Task(NamedTuple):
     """A task of the sweep.
@@ -39,7 +37,6 @@ TASKS = {
     "cola": Task("glue", "majority 0.689", GLUE),
     "rte": Task("glue", sizes=GLUE),
 }
-SYSTEMS = ("softmax", *keras_kt.PAPER_SYSTEMS)
 # Not of the sweep.
 OTHERS = (
     "sweep",

@@ -23,6 +23,7 @@ import tensorflow as tf
 import tensorflow_text
 
 import keras_kt
+from examples.progress import working
 from experiments import body, recipe, reviews
 from experiments.data import Data
 from experiments.flags import Preset, parse_args
@@ -66,11 +67,12 @@ def main(argv, task):
     args = parse_args(__doc__, PRESETS, argv, task, add_arguments)
     preset = args.preset
     title = f"IMDb, {preset.length:,} bytes"
-    train, test = reviews.labelled(args.data_dir)
-    data = split(
-        *((tokenise(x, preset.length), y) for x, y in (train, test)),
-        preset.examples,
-    )
+    with working("Reading reviews"):
+        train, test = reviews.labelled(args.data_dir)
+        data = split(
+            *((tokenise(x, preset.length), y) for x, y in (train, test)),
+            preset.examples,
+        )
     if args.floor:
         parts = [(count_bytes(x), y) for x, y in (data.train, data.test)]
         score = linear_floor(*parts)

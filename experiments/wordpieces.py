@@ -7,6 +7,7 @@ import tensorflow as tf
 import tensorflow_text
 from tensorflow_text.tools.wordpiece_vocab import bert_vocab_from_dataset
 
+from examples.progress import working
 from experiments import reviews
 
 RESERVED = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -43,16 +44,16 @@ def read_vocabulary(documents, args):
     path = args.vocabulary
     if path and path.exists():
         return path.read_text("utf-8").splitlines()
-    print("Learning a vocabulary …", flush=True)
     dataset = tf.data.Dataset.from_tensor_slices(
         documents[:VOCABULARY_DOCUMENTS]
     )
-    vocabulary = bert_vocab_from_dataset.bert_vocab_from_dataset(
-        dataset.batch(500),
-        args.vocabulary_size,
-        RESERVED,
-        bert_tokenizer_params={"lower_case": True},
-    )
+    with working("Learning a vocabulary"):
+        vocabulary = bert_vocab_from_dataset.bert_vocab_from_dataset(
+            dataset.batch(500),
+            args.vocabulary_size,
+            RESERVED,
+            bert_tokenizer_params={"lower_case": True},
+        )
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(vocabulary), "utf-8")

@@ -24,7 +24,7 @@ class PacedLayer(keras.layers.Layer):
 
     pace = None
     # Of variables of `paced_weight`, by identity; replaced, never changed.
-    _factors = {}
+    _factors: dict = {}
 
     def paced_weight(
         self, name, shape, initializer, regularizer=None, *, is_paced=True
@@ -54,7 +54,7 @@ class PacedLayer(keras.layers.Layer):
         object.__setattr__(self, "_factors", factors)
         return weight
 
-    def value_of(self, weight) -> tf.Tensor:
+    def value_of(self, weight: keras.Variable) -> tf.Tensor:
         """The value that a variable of `paced_weight` stands for."""
         factor = self._factors.get(id(weight))
         if factor is None:

@@ -1,6 +1,7 @@
 """Recipes: what is given to one or many layers, each of which builds a copy."""
 
 import inspect
+from typing import Any
 
 from keras_kt import _checks
 from keras_kt._pace import PacedLayer
@@ -18,7 +19,7 @@ class Recipe(PacedLayer):
     """
 
     # Arguments of base classes, which `**kwargs` of a constructor take.
-    inherited = ("name", "trainable", "pace")
+    inherited: tuple[str, ...] = ("name", "trainable", "pace")
 
     def __new__(cls, *args, **kwargs):
         recipe = super().__new__(cls, *args, **kwargs)
@@ -26,11 +27,11 @@ class Recipe(PacedLayer):
         object.__setattr__(recipe, "_given", (args, kwargs))
         return recipe
 
-    def __init__(self, *, pace=None, **kwargs):
+    def __init__(self, *, pace: float | None = None, **kwargs: Any):
         super().__init__(**{**_checks.keywords(kwargs), "dtype": "float32"})
         self.pace = _checks.number("pace", pace, is_open=True, optional=True)
 
-    def copy(self, **changes):
+    def copy(self, **changes: Any) -> Any:
         """An unbuilt recipe like this one, but for some arguments.
 
         Arguments are handed on as they are, so that what cannot be saved can be

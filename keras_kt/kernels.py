@@ -7,39 +7,48 @@ and attention algorithms that it judges.
 """
 
 import math
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 # Prefactors whose quadratic part is −½xᵀΣx; the others have −xᵀΣx.
 _HALF = ("softmax", "tilted")
 
 
-def softmax_attention(query, key, value, mask=None):
+def softmax_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    mask: ArrayLike | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Softmax attention of scaled queries and keys.
 
     Args:
         query: `(…, query_length, dim)`, already scaled: logits are q·k.
         key: `(…, key_length, dim)`.
         value: `(…, key_length, value_dim)`.
-        mask: boolean, broadcast to `(…, query_length, key_length)`; True keeps.
+        mask: boolean, broadcast to `(…, query_length, key_length)`; True
+            for keys that are seen.
 
     Returns:
         Outputs `(…, query_length, value_dim)` and weights
         `(…, query_length, key_length)`, float64.
 
     Examples:
-
-    >>> _, weights = keras_kt.kernels.softmax_attention(
-    ...     np.zeros((2, 4)), np.ones((5, 4)), np.ones((5, 3)))
-    >>> weights[0].tolist()
-    [0.2, 0.2, 0.2, 0.2, 0.2]
+        >>> _, weights = keras_kt.kernels.softmax_attention(
+        ...     np.zeros((2, 4)), np.ones((5, 4)), np.ones((5, 3)))
+        >>> weights[0].tolist()
+        [0.2, 0.2, 0.2, 0.2, 0.2]
     """
     logits = np.asarray(query, "float64") @ np.swapaxes(key, -1, -2)
     logits -= logits.max(axis=-1, keepdims=True)
     return kernel_attention(np.exp(logits), value, mask)
 
 
-def kernel_attention(kernel, value, mask=None):
+def kernel_attention(
+    kernel: ArrayLike, value: ArrayLike, mask: ArrayLike | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Attention whose weights are a kernel matrix, normalized over keys.
 
     Args:
@@ -51,11 +60,10 @@ def kernel_attention(kernel, value, mask=None):
         Outputs and weights; rows that see no key are zero.
 
     Examples:
-
-    >>> _, weights = keras_kt.kernels.kernel_attention(
-    ...     np.array([[1.0, 3.0]]), np.ones((2, 1)))
-    >>> weights.tolist()
-    [[0.25, 0.75]]
+        >>> _, weights = keras_kt.kernels.kernel_attention(
+        ...     np.array([[1.0, 3.0]]), np.ones((2, 1)))
+        >>> weights.tolist()
+        [[0.25, 0.75]]
     """
     kernel = np.asarray(kernel, "float64")
     if mask is not None:
@@ -67,7 +75,9 @@ def kernel_attention(kernel, value, mask=None):
     return weights @ np.asarray(value, "float64"), weights
 
 
-def closed_form(prior, feature_map, x, y):
+def closed_form(
+    prior: Any, feature_map: Any, x: ArrayLike, y: ArrayLike
+) -> np.ndarray:
     """E[φ_ω(x)·φ_ω(y)] under the prior, for all pairs.
 
     Args:
@@ -83,21 +93,20 @@ def closed_form(prior, feature_map, x, y):
         `(heads, n, m)` float64.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(
-    ...     1, 4, spectral_prior=keras_kt.NormalPrior(radius="chi"))
-    >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
-    >>> x = 0.5 * np.ones((1, 4))
-    >>> kernel = keras_kt.kernels.closed_form(
-    ...     layer.spectral_prior, layer.feature_map, x, x)
-    >>> float(kernel[0, 0, 0].round(4)), round(float(np.exp(1.0)), 4)
-    (2.7183, 2.7183)
+        >>> layer = keras_kt.KernelizedAttention(
+        ...     1, 4, spectral_prior=keras_kt.NormalPrior(radius="chi"))
+        >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
+        >>> x = 0.5 * np.ones((1, 4))
+        >>> kernel = keras_kt.kernels.closed_form(
+        ...     layer.spectral_prior, layer.feature_map, x, x)
+        >>> float(kernel[0, 0, 0].round(4)), round(float(np.exp(1.0)), 4)
+        (2.7183, 2.7183)
     """
     x, y = (_each_head(points, prior.num_heads) for points in (x, y))
     return _kernel(_law_of(prior), feature_map, x, y)
 
 
-def characteristic_function(prior, z):
+def characteristic_function(prior: Any, z: ArrayLike) -> np.ndarray:
     """E cos ω·z under the prior: its kernel by the difference of two points.
 
     Args:
@@ -108,20 +117,21 @@ def characteristic_function(prior, z):
         `(heads, n)` float64.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(
-    ...     1, 4, spectral_prior=keras_kt.NormalPrior(radius="chi"))
-    >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
-    >>> values = keras_kt.kernels.characteristic_function(
-    ...     layer.spectral_prior, 0.5 * np.ones((1, 4)))
-    >>> float(values[0, 0].round(4)), round(float(np.exp(-0.5)), 4)
-    (0.6065, 0.6065)
+        >>> layer = keras_kt.KernelizedAttention(
+        ...     1, 4, spectral_prior=keras_kt.NormalPrior(radius="chi"))
+        >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
+        >>> values = keras_kt.kernels.characteristic_function(
+        ...     layer.spectral_prior, 0.5 * np.ones((1, 4)))
+        >>> float(values[0, 0].round(4)), round(float(np.exp(-0.5)), 4)
+        (0.6065, 0.6065)
     """
-    z = _each_head(z, prior.num_heads)
-    return _law_of(prior).characteristic(z[:, :, None])[..., 0]
+    points = _each_head(z, prior.num_heads)
+    return _law_of(prior).characteristic(points[:, :, None])[..., 0]
 
 
-def from_frequencies(frequencies, feature_map, x, y):
+def from_frequencies(
+    frequencies: Any, feature_map: Any, x: Any, y: Any
+) -> np.ndarray:
     """The kernel of a finite set of equally likely frequencies.
 
     Args:
@@ -133,13 +143,12 @@ def from_frequencies(frequencies, feature_map, x, y):
         `(heads, n, m)` float64.
 
     Examples:
-
-    >>> feature_map = keras_kt.TrigonometricFeatures(smoothing=0.5)
-    >>> feature_map.build(1)
-    >>> kernel = keras_kt.kernels.from_frequencies(
-    ...     np.ones((1, 1, 2)), feature_map, np.zeros((1, 2)), np.zeros((1, 2)))
-    >>> kernel.round(4).tolist()
-    [[[1.5]]]
+        >>> feature_map = keras_kt.TrigonometricFeatures(smoothing=0.5)
+        >>> feature_map.build(1)
+        >>> kernel = keras_kt.kernels.from_frequencies(
+        ...     np.ones((1, 1, 2)), feature_map, *np.zeros((2, 1, 2)))
+        >>> kernel.round(4).tolist()
+        [[[1.5]]]
     """
     omega = np.asarray(frequencies, "float64")
     x, y = (_each_head(points, len(omega)) for points in (x, y))
@@ -275,16 +284,22 @@ def _self_normalized(x, y, moment):
     return moment(x + y) / (moment(x) * moment(y))
 
 
-def sphere_moment(squares, dim):
+def sphere_moment(squares: ArrayLike, dim: int) -> np.ndarray:
     """E exp(√dim u·z) for u uniform on the unit sphere, by |z|².
 
     The confluent series ₀F₁(; dim/2; dim |z|²/4); a negative argument gives
     E cos(√dim u·z) of −|z|². It is what rows of fixed radius estimate.
 
-    Examples:
+    Args:
+        squares: |z|², an array of any shape; negative for the cosine.
+        dim: size of z.
 
-    >>> float(keras_kt.kernels.sphere_moment(0.0, 8))
-    1.0
+    Returns:
+        The moments, in the shape of `squares`.
+
+    Examples:
+        >>> float(keras_kt.kernels.sphere_moment(0.0, 8))
+        1.0
     """
     argument = np.asarray(squares, "float64") * dim / 4.0
     term = np.ones_like(argument)

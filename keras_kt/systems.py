@@ -19,9 +19,10 @@ PAPER_SYSTEMS = (
     "RBF-RKS",
     "RBF-PRF",
 )
+"""Names that `paper_system` takes: the six learned systems, three baselines."""
 
 
-def paper_system(name: str, key_dim: int = 64, *, mended=False) -> dict:
+def paper_system(name: str, key_dim: int = 64, *, mended: bool = False) -> dict:
     """Keyword arguments that make `KernelizedAttention` a system of the paper.
 
     All differ from the released code in three ways: the draw is stored and
@@ -42,11 +43,10 @@ def paper_system(name: str, key_dim: int = 64, *, mended=False) -> dict:
             `False`: as published, but for what is said above.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(
-    ...     2, 16, **keras_kt.paper_system("GMM-PRF", key_dim=16))
-    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
-    TensorShape([1, 4, 3])
+        >>> layer = keras_kt.KernelizedAttention(
+        ...     2, 16, **keras_kt.paper_system("GMM-PRF", key_dim=16))
+        >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+        TensorShape([1, 4, 3])
     """
     name = _checks.choice("name", name, PAPER_SYSTEMS)
     key_dim = _checks.integer("key_dim", key_dim)

@@ -6,6 +6,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import pytest
 import tensorflow as tf
+from keras.src.utils import file_utils
 
 from keras_kt.layers import route
 from tests.helpers import blocks, runtimes
@@ -16,6 +17,19 @@ tf.config.set_visible_devices([], "GPU")
 @pytest.fixture(autouse=True)
 def _seeded():
     keras.utils.set_random_seed(1234)
+
+
+@pytest.fixture(autouse=True)
+def _no_downloads(monkeypatch):
+    """By Keras, but of files of this machine."""
+    retrieve = file_utils.urlretrieve
+
+    def only_files(url, *args):
+        if not url.startswith("file:"):
+            raise OSError(f"tests download nothing: {url}")
+        return retrieve(url, *args)
+
+    monkeypatch.setattr(file_utils, "urlretrieve", only_files)
 
 
 @pytest.fixture(autouse=True)

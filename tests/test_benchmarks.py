@@ -11,8 +11,9 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
-from benchmarks import approximation, long_stream
+from benchmarks import approximation, gallery, long_stream
 from benchmarks.attention import report, timing
+from tests.helpers import toys
 from tests.helpers.scripts import command
 
 ROOT = Path(__file__).parent.parent
@@ -155,3 +156,26 @@ def test_the_script_of_a_long_stream_writes_its_record(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(path.read_text())["tokens"] == 40
+
+
+def test_patches_of_a_digit_are_squares_of_it():
+    digit = np.arange(28 * 28).reshape(1, 28, 28)
+    patches = gallery.patches(digit)
+    assert patches.shape == (1, 49, 16)
+    np.testing.assert_array_equal(
+        patches[0, 8].reshape(4, 4), digit[0, 4:8, 4:8]
+    )
+
+
+@pytest.mark.slow
+def test_the_gallery_is_drawn(tmp_path):
+    toys.write_digits(tmp_path, 60)
+    done = command(
+        *("-m", "benchmarks.gallery", "--epochs", 1),
+        *("--data-dir", tmp_path, "--output", tmp_path / "pictures"),
+    )
+    assert done.returncode == 0, done.stderr
+    drawn = {path.stem for path in (tmp_path / "pictures").glob("*.png")}
+    # One more is a screenshot.
+    shown = {path.stem for path in (ROOT / "results/gallery").glob("*.png")}
+    assert drawn == shown - {"tensorboard"}

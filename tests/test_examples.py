@@ -2,13 +2,20 @@
 
 import re
 import sys
+import tarfile
+import time
 
+import keras
 import numpy as np
 import pytest
 
 import keras_kt
 from tests.helpers import toys
-from tests.helpers.scripts import EXAMPLES, command, example
+from tests.helpers.scripts import EXAMPLES, ROOT, SHARED, command, example
+
+SCRIPTS = [
+    path for path in sorted(EXAMPLES.glob("*.py")) if path.stem not in SHARED
+]
 
 
 @pytest.fixture
@@ -27,10 +34,9 @@ def run(name, *words, monkeypatch, **constants):
 def test_there_are_seven_short_ones():
     lines = {
         path.stem: len(path.read_text().splitlines())
-        for path in EXAMPLES.rglob("*")
-        if path.suffix != ".pyc" and path.is_file()
+        for path in EXAMPLES.glob("*.py")
     }
-    assert set(lines) == {
+    assert set(lines) - set(SHARED) == {
         "convert_llm",
         "convert_pretrained",
         "distributed",
@@ -42,13 +48,11 @@ def test_there_are_seven_short_ones():
     assert max(lines.values()) <= 150
 
 
-@pytest.mark.parametrize(
-    "path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_they_use_public_names_only(path):
     text = path.read_text()
     modules = re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)
-    names = {other.stem for other in EXAMPLES.glob("*.py")}
+    names = {other.stem for other in SCRIPTS}
     assert not names & set(modules) and "experiments" not in modules
     # Neither a module below the package nor a private name of anything.
     for line in re.findall(r"^from keras_kt(.*)$", text, re.MULTILINE):
@@ -243,3 +247,122 @@ def test_distributed_says_what_is_missing(flags, words):
     done = command(EXAMPLES / "distributed.py", *flags)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search(words, done.stderr, re.DOTALL), done.stderr[-2000:]
+
+
+BENCHMARKS = [
+    ROOT / "benchmarks" / f"{name}.py"
+    for name in (
+        "approximation",
+        "attention/__main__",
+        "hub_decode",
+        "long_stream",
+        "monitor",
+        "tracing",
+        "window",
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "path", [*SCRIPTS, *BENCHMARKS], ids=lambda path: path.stem
+)
+def test_help_shows_every_default_and_loads_no_tensorflow(path):
+    source = (
+        "import runpy, sys\n"
+        f"sys.path[0], sys.argv = {str(EXAMPLES)!r}, ['it', '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({str(path)!r}, run_name='__main__')\n"
+        "except SystemExit as error:\n"
+        "    assert not error.code\n"
+        "assert not {'keras', 'tensorflow'} & set(sys.modules)\n"
+    )
+    done = command("-c", source, COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    options = re.findall(r"^  (-.*(?:\n   .*)*)", done.stdout, re.MULTILINE)
+    assert len(options) > 4
+    for option in options[1:]:  # --help itself has none
+        assert "default: " in option, option
+
+
+def fit(epochs=1, steps=5, seconds=0.0, **options):
+    """A model that is fitted, one step taking so long, with `Lines`."""
+    lines = example("progress").Lines(**options)
+    wait = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda *_, **__: time.sleep(seconds)
+    )
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile(loss="mse", run_eagerly=True)
+    x = np.zeros((steps, 1))
+    model.fit(x, x, 1, epochs, verbose=0, callbacks=[wait, lines])
+
+
+def test_lines_of_a_log_say_how_far_a_training_is(capsys):
+    fit(epochs=2, steps=3, seconds=0.03, interval=0.02)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Compiling the training step …"
+    steps = [line for line in lines if line.startswith("epoch")]
+    # The first step compiled, the last line of an epoch is its end.
+    words = [re.match(r"epoch (\d)/2, step (\d)/3, ", x)[0] for x in steps]
+    assert words == [
+        f"epoch {epoch}/2, step {step}/3, "
+        for epoch, numbers in ((1, (2, 3, 3)), (2, (1, 2, 3, 3)))
+        for step in numbers
+    ]
+    assert all(
+        re.search(r"loss \S+, \d+ s, \d+ s to go$", line) for line in steps
+    )
+
+
+def test_lines_of_a_log_are_few(capsys):
+    fit(steps=5, interval=1000.0)
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "Compiling the training step …"
+    assert last.startswith("step 5/5, loss ")
+
+
+def test_a_step_that_compiles_for_long_says_so(capsys):
+    fit(steps=1, seconds=0.3, interval=0.1)
+    assert "… 0 s\n" in capsys.readouterr().out
+
+
+def test_a_terminal_has_the_bar_of_keras(capsys, monkeypatch):
+    progress = example("progress")
+    fit(steps=3, interval=1000.0, is_bar=True)
+    assert capsys.readouterr().out == "Compiling the training step …\n"
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda x=is_terminal: x)
+        options = progress.progress("another")
+        assert options["verbose"] == is_terminal
+        assert options["callbacks"][0].is_bar == is_terminal
+        assert options["callbacks"][1:] == ["another"]
+
+
+def test_what_takes_long_says_that_it_goes_on(capsys):
+    working = example("progress").working
+    with pytest.raises(KeyError), working("Waiting", interval=0.1):
+        time.sleep(0.25)
+        raise KeyError
+    time.sleep(0.2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["Waiting …", "… 0 s", "… 0 s"]
+
+
+def test_reviews_come_by_keras_where_the_folder_has_none(
+    reviews, tmp_path, monkeypatch, capsys
+):
+    """From a file here, in place of the archive that is offered."""
+    common = example("common")
+    with tarfile.open(tmp_path / "reviews.tar.gz", "w:gz") as archive:
+        archive.add(reviews, "aclImdb")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(
+        common, "REVIEWS", (tmp_path / "reviews.tar.gz").as_uri()
+    )
+    monkeypatch.setattr(common, "MD5", None)
+    found = common.read_reviews(tmp_path / "none", 5)
+    expected = common.read_reviews(reviews, 5)
+    for (texts, labels), (theirs, others) in zip(found, expected, strict=True):
+        assert len(texts) == 5 and list(texts) == list(theirs)
+        np.testing.assert_array_equal(labels, others)
+    output = capsys.readouterr().out
+    assert "No reviews in" in output and "━" not in output

@@ -198,8 +198,10 @@ def test_sweep_runs_resumes_and_reports(tmp_path, capsys):
     table = (tmp_path / "results" / "experiments.md").read_text()
     for label in ("softmax", "fixed-positive-num-features-8-decay-constant"):
         assert f"| {label} |" in table
-    for picture in ("experiments", "kernels", "sparsity"):
+    for picture in ("experiments", "curves", "sparsity"):
         assert (tmp_path / "results" / f"{picture}.png").stat().st_size > 0
+    # Nothing was learned.
+    assert not (tmp_path / "results" / "kernels.png").exists()
 
 
 def test_pretraining_is_a_task_of_its_own_in_the_report():

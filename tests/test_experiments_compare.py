@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from tests.helpers.scripts import experiment, script
+from benchmarks import overview
+from benchmarks.attention import report
+from tests.helpers.scripts import ROOT, experiment, script
 from tests.helpers.studies import rows
 
 
@@ -95,16 +97,6 @@ def test_comparisons_are_printed_and_kept(tmp_path, capsys):
         experiment("compare", "--results", tmp_path / "nothing")
 
 
-def test_names_of_lines_keep_apart():
-    spread = script("size_plots").spread
-    assert spread([0.1, 0.5, 0.9], 0.25) == [0.1, 0.5, 0.9]
-    np.testing.assert_allclose(spread([0.5, 0.5], 0.1), [0.45, 0.55])
-    np.testing.assert_allclose(spread([0.0, 0.0, 0.2], 0.1), [0.0, 0.1, 0.2])
-    places = spread([0.1, 0.12, 0.2, 0.21, 0.8], 0.1)
-    assert (np.diff(places) > 0.1 - 1e-9).all()
-    assert places[-1] == 0.8 and np.mean(places[:4]) == pytest.approx(0.1575)
-
-
 def heads_study():
     return [
         row
@@ -121,6 +113,11 @@ def heads_study():
     ]
 
 
+def names_of(figure):
+    (legend,) = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
 def test_pictures_against_sizes_show_means_and_errors():
     pyplot = pytest.importorskip("matplotlib.pyplot")
     size_plots = script("size_plots")
@@ -129,10 +126,8 @@ def test_pictures_against_sizes_show_means_and_errors():
         "positive features",
         "self-normalized features",
     ]
+    assert names_of(figure) == ["empirical", "fixed", "normal"]
     for axes in figure.axes:
-        assert [text.get_text() for text in axes.texts] == [
-            *("empirical", "fixed", "normal"),
-        ]
         for container in axes.containers:
             (line, _, (bars,)) = container
             np.testing.assert_array_equal(line.get_xdata(), [2, 8])
@@ -155,12 +150,10 @@ def test_pictures_against_sizes_show_means_and_errors():
     recall += rows("softmax", [1.0], pairs=16, sizes="--pairs 16 --blocks 2")
     figure = size_plots.draw_pairs(recall)
     assert [axes.get_title() for axes in figure.axes] == [
-        "D = 16, blocks 2",
-        "D = 32, blocks 2",
+        "16 features, blocks 2",
+        "32 features, blocks 2",
     ]
-    for axes in figure.axes:
-        names = [text.get_text() for text in axes.texts]
-        assert sorted(names) == ["normal:self", "softmax"]
+    assert names_of(figure) == ["normal:self", "softmax"]
     pyplot.close("all")
 
 
@@ -169,3 +162,76 @@ def test_a_study_of_one_size_has_no_such_picture():
     one = rows("normal:self", [0.5], pairs=16)
     assert size_plots.draw_heads(one) is size_plots.draw_pairs(one) is None
     assert size_plots.draw_pairs(rows("softmax", [0.5])) is None
+
+
+def test_a_method_has_one_color_in_all_pictures():
+    """Performer was grey, violet and black, softmax black, grey and brown."""
+    of = script("styles").of
+    assert of("GMM-RKS") == of("mended-GMM-RKS")
+    assert of("mixture:trigonometric") == of("GMM-RKS")
+    assert of("fixed:positive") == of("Performer")
+    colors = [of(f"{name}:self")["color"] for name in script("styles").METHODS]
+    assert len(set(colors)) == len(colors)
+    looks = [
+        tuple(of(f"normal{rest}").items())
+        for rest in (":positive", ":trigonometric", ":self", ":positive decay")
+    ]
+    assert len(set(looks)) == 4 and len({look[0] for look in looks}) == 1
+    # The layer's default, in the pictures of benchmarks.
+    assert report.style("ours")["color"] == of("normal:positive")["color"]
+    assert report.style("softmax")["color"] == of("softmax")["color"]
+
+
+def test_pictures_are_as_wide_as_they_are_shown():
+    """Two columns of tiny panels were 1,500 pixels wide, and shown at 700."""
+    styles = script("styles")
+    for path in (ROOT / "results").rglob("*.png"):
+        # These are drawn by the package's own functions.
+        if path.parent.name not in ("convert", "gallery"):
+            header = path.read_bytes()[16:24]
+            width = int.from_bytes(header[:4])
+            assert width == styles.WIDTH * styles.RESOLUTION, path
+
+
+def test_scores_are_drawn_best_first_with_their_draws():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    plots = script("plots")
+    more = {"stride": 1, "fresh_draws": "0.25 0.375"}
+    systems = {
+        "softmax": rows("softmax", [0.5], **{**more, "fresh_draws": ""}),
+        "Performer": rows("Performer", [0.75, 1.0], **more),
+    }
+    tasks = {"sparsity": systems}
+    (panel,) = plots.draw_scores(tasks).axes
+    names = [text.get_text() for text in panel.get_yticklabels()]
+    assert names == ["Performer", "softmax"]
+    points = [tuple(map(list, line.get_data())) for line in panel.lines]
+    assert ([0.25, 0.375], [0, 0]) in points
+    assert [x for x, y in points if y == [0] and x != []] == [[0.75], [1.0]]
+    for of_system in systems.values():
+        for row in of_system:
+            row["metric"] = "bits per byte"
+    (panel,) = plots.draw_scores(tasks).axes
+    names = [text.get_text() for text in panel.get_yticklabels()]
+    assert names == ["softmax", "Performer"]
+    pyplot.close("all")
+
+
+def test_the_first_picture_is_drawn_from_results():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    time, memory, accuracy = overview.draw(ROOT / "results").axes
+    for panel, peak in ((time, None), (memory, 156)):
+        softmax, ours = panel.lines
+        assert softmax.get_color() == script("styles").SOFTMAX
+        lengths = ours.get_xdata()
+        assert lengths[-1] == 65536 and 8192 in lengths
+        place = list(lengths).index(8192)
+        # Of the tables: milliseconds of 8,192 tokens, and MiB.
+        value = ours.get_ydata()[place]
+        expected = 1000 * 591.1 / 8192 if peak is None else peak
+        assert value == pytest.approx(expected, rel=0.01)
+    learned = next(
+        c for c in accuracy.containers if c[0].get_linestyle() == "--"
+    )
+    assert list(learned[0].get_xdata()) == [2, 4, 8, 16, 32]
+    pyplot.close("all")

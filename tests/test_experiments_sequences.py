@@ -5,6 +5,7 @@ import io
 import pickle
 import tarfile
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -252,6 +253,23 @@ def missing_reviews(folder):
 def test_missing_data_name_the_archive_and_the_flag(tmp_path, load, words):
     with pytest.raises(SystemExit, match=f"(?s){words}.*--data-dir"):
         load(tmp_path)
+
+
+def test_cifar10_comes_by_keras_where_the_folder_has_none(
+    tmp_path, monkeypatch, capsys
+):
+    images = script("image")
+    x = np.zeros((10, 32, 32, 3), "uint8")
+    x[..., 0] = 255
+    part = x, np.arange(10, dtype="uint8")[:, np.newaxis]
+    monkeypatch.setattr(
+        keras.datasets.cifar10, "load_data", lambda: (part, part)
+    )
+    monkeypatch.setattr(images, "split", lambda train, test, *_: (train, test))
+    for pictures, labels in missing_cifar(tmp_path):
+        assert pictures.shape == (10, 32, 32) and (pictures == 76).all()
+        np.testing.assert_array_equal(labels, range(10))
+    assert "downloading cifar-10-python.tar.gz" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["cifar10_gray.npz", "cifar-10-python.tar.gz"])

@@ -20,6 +20,48 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+LENGTHS = (256, 384, *(2**n for n in range(9, 17)))
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.attention",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens")
+    add("--tokens", type=int, default=4096, help="batch × length")
+    add("--heads", type=int, default=8, help="number")
+    add("--head-dim", type=int, default=64, help="size")
+    add("--features", type=int, default=128, help="D")
+    add("--window", type=int, default=256, help="keys that a window has")
+    add("--repeats", type=int, default=9, help="of each time")
+    add("--budget", type=float, default=10, help="seconds per slow column")
+    add("--levels", nargs="+", default=["core", "layer"], help="what is timed")
+    add(
+        "--positions",
+        type=int,
+        nargs="+",
+        default=[100, 1024, 16384, 10**6],
+        help="of one token",
+    )
+    add("--model-garden", help="wheel of tf-models-official 2.20.0")
+    add("--memory", action="store_true", help="peak memory of the core")
+    add("--decode", action="store_true", help="time of one token")
+    add("--no-timings", action="store_true", help="errors only")
+    add(
+        "--output", default="results/attention", help="to write, without suffix"
+    )
+    add("--plot", type=Path, help="draw this JSON again, measure nothing")
+    add("--peak", nargs=3, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # First, so that --help does not wait for TensorFlow.
+    print("Loading TensorFlow …", flush=True)
+
 import keras
 import tensorflow as tf
 
@@ -29,39 +71,15 @@ from benchmarks.attention.decode import decode
 from benchmarks.attention.memory import memory, peak_of_one
 from benchmarks.attention.timing import timings
 
-LENGTHS = (256, 384, *(2**n for n in range(9, 17)))
-
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.attention",
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--lengths", type=int, nargs="+", default=LENGTHS)
-    add("--tokens", type=int, default=4096, help="batch × length")
-    add("--heads", type=int, default=8)
-    add("--head-dim", type=int, default=64)
-    add("--features", type=int, default=128)
-    add("--window", type=int, default=256, help="keys that a window has")
-    add("--repeats", type=int, default=9)
-    add("--budget", type=float, default=10, help="seconds per slow column")
-    add("--levels", nargs="+", default=["core", "layer"])
-    add("--positions", type=int, nargs="+", default=[100, 1024, 16384, 10**6])
-    add("--model-garden", help="wheel of tf-models-official 2.20.0")
-    add("--memory", action="store_true", help="peak memory of the core")
-    add("--decode", action="store_true", help="time of one token")
-    add("--no-timings", action="store_true")
-    add("--output", default="results/attention")
-    add("--plot", type=Path, help="draw this JSON again, measure nothing")
-    add("--peak", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse_args()
     if args.peak:
         name, length, jit = args.peak
         return peak_of_one(args, name, int(length), jit)
     if args.plot:
         return report.draw(json.loads(args.plot.read_text()), args.plot)
+    print("Checking that columns agree …", flush=True)
     record = {
         # Names, not paths, of this machine's files.
         "arguments": {

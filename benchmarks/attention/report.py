@@ -2,7 +2,28 @@
 
 import json
 
+from experiments import styles
+
 MODES = ("forward", "forward+backward")
+# Columns in pictures: what they are called there, and the method whose color
+# they have. Others are in the tables.
+DRAWN = {
+    "ours": ("this package", "normal:positive"),
+    "ours causal": ("this package, causal", "normal:positive"),
+    "ours trigonometric": (
+        "this package, trigonometric",
+        "normal:trigonometric",
+    ),
+    "softmax": ("softmax", "softmax"),
+    "plain Performer": ("Performer, written plainly", "Performer"),
+    "Model Garden": ("Model Garden", None),
+    "floor": ("its matrix products alone", None),
+    "tensors": ("q, k, v, output and their gradients", None),
+}
+TITLES = {
+    "core": "attention of given queries, keys and values",
+    "layer": "the whole layer",
+}
 
 
 def best(rows, **keys):
@@ -71,111 +92,127 @@ def tables(record):
     return "\n".join(lines)
 
 
-def plot(record, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def plot(record):
+    """Time a token in a training step, a panel a level."""
     rows = record["timings"]
     levels = list(dict.fromkeys(r["level"] for r in rows))
-    figure, axes = plt.subplots(
-        1, len(levels), figsize=(5.2 * len(levels), 4), squeeze=False
+    figure, panels = styles.pyplot().subplots(
+        1,
+        len(levels),
+        figsize=(styles.WIDTH, 4.2),
+        layout="constrained",
+        squeeze=False,
     )
-    for axis, level in zip(axes[0], levels, strict=True):
+    handles = {}
+    for panel, level in zip(panels[0], levels, strict=True):
         here = [r for r in rows if r["level"] == level]
         for name in dict.fromkeys(r["column"] for r in here):
-            mode = "forward" if name == "floor" else "forward+backward"
-            lengths = sorted({r["length"] for r in here})
-            points = [
-                (n, best(here, length=n, column=name, mode=mode))
-                for n in lengths
-            ]
-            points = [(n, row) for n, row in points if row]
-            factor = 3 if name == "floor" else 1
-            axis.loglog(
-                [n for n, _ in points],
-                [
-                    1e6 * factor * row["median"] / (n * row["batch"])
-                    for n, row in points
-                ],
-                "k:" if name == "floor" else "o-",
-                label="floor: the GEMMs alone" if name == "floor" else name,
-                linewidth=2.2 if name.startswith("ours") else 1.2,
-                markersize=4,
-            )
-        axis.set_xticks(lengths, [str(n) for n in lengths], fontsize=7)
-        axis.minorticks_off()
-        axis.set_xlabel(
-            f"length (batch · length = {record['arguments']['tokens']}, "
-            "beyond that batch 1)"
-        )
-        axis.set_title(f"{level}, forward + backward")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    axes[0][0].set_ylabel("microseconds per token")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
-def plot_memory(record, path):
-    """Peak memory against length, the better of XLA and not."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = record["memory"]
-    figure, axis = plt.subplots(figsize=(5.2, 4))
-    lengths = sorted({row["length"] for row in rows})
-    for name in dict.fromkeys(row["column"] for row in rows):
-        peaks = {
-            n: min(
-                (
-                    row["peak"]
-                    for row in rows
-                    if row["column"] == name and row["length"] == n
-                ),
-                default=None,
-            )
-            for n in lengths
-        }
-        axis.loglog(
-            [n for n in lengths if peaks[n]],
-            [peaks[n] / 2**20 for n in lengths if peaks[n]],
-            "o-",
-            label=name,
-            markersize=4,
-        )
-    axis.loglog(
-        lengths,
-        [
-            next(r["tensors"] for r in rows if r["length"] == n) / 2**20
-            for n in lengths
-        ],
-        "k:",
-        label="q, k, v, output and gradients",
+            if name in DRAWN:
+                handles[name] = draw_times(panel, here, name)
+        panel.set_title(TITLES[level])
+    panels[0, 0].set_ylabel("microseconds a token")
+    figure.legend(
+        handles.values(),
+        [DRAWN[name][0] for name in handles],
+        loc="outside lower center",
+        ncols=3,
     )
-    axis.set_xticks(lengths, [f"{n:,}" for n in lengths], fontsize=7)
-    axis.minorticks_off()
-    axis.set_xlabel("length, batch 1")
-    axis.set_ylabel("peak of a training step, MiB")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    return figure
+
+
+def draw_times(panel, rows, name):
+    """The time of one column against length, the better of XLA and not.
+
+    Returns:
+        The line.
+    """
+    mode, factor = ("forward", 3) if name == "floor" else (MODES[1], 1)
+    lengths = sorted({r["length"] for r in rows})
+    found = [best(rows, length=n, column=name, mode=mode) for n in lengths]
+    found = [row for row in found if row]
+    (line,) = panel.loglog(
+        [row["length"] for row in found],
+        [
+            1e6 * factor * row["median"] / (row["length"] * row["batch"])
+            for row in found
+        ],
+        **style(name),
+    )
+    _name_lengths(panel, lengths)
+    return line
+
+
+def draw_memory(panel, rows, name):
+    """The peak of one column against length, the better of XLA and not.
+
+    Returns:
+        The line.
+    """
+    peaks = {}
+    for row in rows:
+        if row["column"] == name:
+            known = peaks.get(row["length"], row["peak"])
+            peaks[row["length"]] = min(known, row["peak"])
+    (line,) = panel.loglog(
+        peaks.keys(), [peak / 2**20 for peak in peaks.values()], **style(name)
+    )
+    _name_lengths(panel, sorted({row["length"] for row in rows}))
+    return line
+
+
+def style(name):
+    """How a column is drawn: its color, and an empty mark if it is causal."""
+    _, method = DRAWN[name]
+    if method is None:
+        dashes = ":" if name in ("floor", "tensors") else "-"
+        given = {"color": styles.OTHERS[dashes == "-"], "linestyle": dashes}
+    else:
+        given = styles.of(method)
+    if name.endswith("causal"):
+        given["markerfacecolor"] = "white"
+    return {"linewidth": 1.5, "markersize": 5, **given}
+
+
+def _name_lengths(panel, lengths):
+    # Names of lengths that are too near to one another would overlap.
+    shown = [n for n in lengths if n & (n - 1) == 0]
+    names = [f"{n // 1024}k" if n >= 1024 else str(n) for n in shown]
+    if len(shown) > 7:
+        names = [n if i % 2 == 0 else "" for i, n in enumerate(names)]
+    panel.set_xticks(shown, names)
+    panel.yaxis.set_major_formatter("{x:,.0f}")
+    panel.minorticks_off()
+    panel.set_xlabel("tokens")
+    panel.grid(color="0.92")
+    panel.set_axisbelow(True)
+
+
+def plot_memory(record):
+    """Peak memory of a training step against length."""
+    rows = record["memory"]
+    tensors = [
+        {**row, "column": "tensors", "peak": row["tensors"]} for row in rows
+    ]
+    figure, panel = styles.pyplot().subplots(
+        figsize=(styles.WIDTH, 3.8), layout="constrained"
+    )
+    for name in dict.fromkeys(row["column"] for row in rows):
+        draw_memory(panel, rows, name).set_label(DRAWN[name][0])
+    draw_memory(panel, tensors, "tensors").set_label(DRAWN["tensors"][0])
+    panel.set_ylabel("peak of a training step, MiB")
+    panel.legend()
+    return figure
 
 
 def draw(record, path):
     """The pictures of a record, if matplotlib is installed."""
     try:
         if "timings" in record:
-            plot(record, path.with_suffix(".png"))
+            styles.save(plot(record), path.with_suffix(".png"))
         elif "memory" in record:
-            plot_memory(record, path.with_suffix(".png"))
-        print(f"wrote {path.with_suffix('.png')}")
+            styles.save(plot_memory(record), path.with_suffix(".png"))
     except ImportError:
-        print("matplotlib is missing: pip install 'keras_kt[plot]'")
+        print("No pictures: they need `pip install matplotlib`.")
 
 
 def dumps(record):

@@ -52,19 +52,35 @@ def measure(runs, repeats, budget=math.inf):
     Slow runs stop after two repeats once `budget` seconds are spent on them.
     """
     first, seconds = {}, {key: [] for key in runs}
-    for key, run in runs.items():
+    say = every(10.0)
+    for number, (key, run) in enumerate(runs.items()):
+        say(f"  {number} of {len(runs)} compiled")
         start = time.perf_counter()
         wait(run())
         first[key] = time.perf_counter() - start
         wait(run())
-    for _ in range(repeats):
+    for lap in range(repeats):
         for key, run in runs.items():
+            say(f"  repeat {lap + 1} of {repeats}")
             if len(seconds[key]) >= 2 and sum(seconds[key]) > budget:
                 continue
             start = time.perf_counter()
             wait(run())
             seconds[key].append(time.perf_counter() - start)
     return first, seconds
+
+
+def every(interval):
+    """A function that prints a line, but only after so many seconds."""
+    last = time.monotonic()
+
+    def say(text):
+        nonlocal last
+        if time.monotonic() - last >= interval:
+            last = time.monotonic()
+            print(text, flush=True)
+
+    return say
 
 
 def wait(outputs):
@@ -80,6 +96,7 @@ def timings(args):
     for level in args.levels:
         for length in args.lengths:
             batch = max(1, args.tokens // length)
+            print(f"\n{level}, {length} tokens, compiling …", flush=True)
             runs = compiled_columns(args, level, batch, length)
             first, seconds = measure(runs, args.repeats, args.budget)
             for (name, mode, jit), values in seconds.items():

@@ -7,8 +7,9 @@ variance is least (`balance`), from there by descent of the measured errors
 (`descent`). With a budget it also gives features to the layers (`budget`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 
 from keras_kt import _checks
@@ -44,7 +45,14 @@ class CalibrationReport(NamedTuple):
         return "\n".join(lines)
 
 
-def calibrate(model, data, *, budget=None, batches=1, steps=300):
+def calibrate(
+    model: keras.Model,
+    data: Any,
+    *,
+    budget: Any = None,
+    batches: int = 1,
+    steps: int = 300,
+) -> CalibrationReport:
     """Moves queries and keys of a converted model to where features are good.
 
     Changes the model in place: weights of the query and key projections, the
@@ -72,14 +80,13 @@ def calibrate(model, data, *, budget=None, batches=1, steps=300):
         that it was calibrated on.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
-    >>> model, _ = keras_kt.convert_attention(keras.Model(x, y))
-    >>> batch = np.random.normal(size=(1, 50, 8)).astype("float32")
-    >>> report = keras_kt.conversion.calibrate(model, batch)
-    >>> len(report.before.heads), len(report.after.heads)
-    (2, 2)
+        >>> x = keras.Input((None, 8))
+        >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+        >>> model, _ = keras_kt.convert_attention(keras.Model(x, y))
+        >>> batch = np.random.normal(size=(1, 50, 8)).astype("float32")
+        >>> report = keras_kt.conversion.calibrate(model, batch)
+        >>> len(report.before.heads), len(report.after.heads)
+        (2, 2)
     """
     budget = _checks.number("budget", budget, optional=True)
     steps = _checks.integer("steps", steps, minimum=0)

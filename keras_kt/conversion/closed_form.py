@@ -7,6 +7,7 @@ computes, apart from how well features estimate it. O(length²).
 import contextlib
 import functools
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -16,7 +17,7 @@ from keras_kt.conversion.softmax import attending, fading, fixed_rates
 
 
 @contextlib.contextmanager
-def closed_form_attention(model):
+def closed_form_attention(model: keras.Model) -> keras.Model:
     """Within it, layers attend by their kernel's closed form, in float64.
 
     A diagnosis of what is computed, apart from how well features estimate it:
@@ -28,17 +29,17 @@ def closed_form_attention(model):
         model: a model with `KernelizedAttention` layers.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> y = keras.layers.MultiHeadAttention(2, 4)(x, x)
-    >>> softmax = keras.Model(x, y)
-    >>> linear, _ = keras_kt.convert_attention(
-    ...     softmax,
-    ...     spectral_prior=keras_kt.NormalPrior(use_mean=True, radius="chi"))
-    >>> batch = np.random.normal(size=(1, 9, 8)).astype("float32")
-    >>> with keras_kt.conversion.closed_form_attention(linear):
-    ...     np.testing.assert_allclose(
-    ...         linear(batch), softmax(batch), atol=1e-5)
+        >>> x = keras.Input((None, 8))
+        >>> y = keras.layers.MultiHeadAttention(2, 4)(x, x)
+        >>> softmax = keras.Model(x, y)
+        >>> linear, _ = keras_kt.convert_attention(
+        ...     softmax,
+        ...     spectral_prior=keras_kt.NormalPrior(
+        ...         use_mean=True, radius="chi"))
+        >>> batch = np.random.normal(size=(1, 9, 8)).astype("float32")
+        >>> with keras_kt.conversion.closed_form_attention(linear):
+        ...     np.testing.assert_allclose(
+        ...         linear(batch), softmax(batch), atol=1e-5)
     """
 
     def attend(layer, query, key, value, visible):

@@ -9,6 +9,7 @@ softmax's, exp(q·k), by the features of the layer's spectral prior:
 
 import functools
 import inspect
+from typing import Any
 
 import keras
 
@@ -18,25 +19,26 @@ from keras_kt.conversion.find import attention_layers
 from keras_kt.conversion.report import ConversionReport, ConvertedLayer
 from keras_kt.conversion.support import problems_of, refusal, seams_of
 from keras_kt.conversion.surgery import Plan, copy_with
-from keras_kt.features import PositiveFeatures
+from keras_kt.features import FeatureMap, PositiveFeatures
 from keras_kt.layers.attention import KernelizedAttention
 from keras_kt.layers.linear_attention import LinearAttention
+from keras_kt.priors import SpectralPrior
 
 ON_UNSUPPORTED = ("skip", "quadratic", "error")
 
 
 def convert_attention(
-    model,
+    model: keras.Model,
     *,
-    layers=None,
-    spectral_prior=None,
-    feature_map=None,
-    num_features=None,
-    dropout=None,
-    on_unsupported="skip",
-    seed=0,
-    **kwargs,
-):
+    layers: Any = None,
+    spectral_prior: str | SpectralPrior | None = None,
+    feature_map: str | FeatureMap | None = None,
+    num_features: int | None = None,
+    dropout: float | None = None,
+    on_unsupported: str = "skip",
+    seed: int = 0,
+    **kwargs: Any,
+) -> tuple[keras.Model, ConversionReport]:
     """Copies a trained model with linear attention in the place of softmax.
 
     The original is left as it is. The copy has the class of the original and
@@ -90,13 +92,12 @@ def convert_attention(
         The converted copy, and a `ConversionReport`.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
-    >>> model = keras.Model(x, y)
-    >>> converted, report = keras_kt.convert_attention(model)
-    >>> print(report)
-    attention: linear, 8 features
+        >>> x = keras.Input((None, 8))
+        >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+        >>> model = keras.Model(x, y)
+        >>> converted, report = keras_kt.convert_attention(model)
+        >>> print(report)
+        attention: linear, 8 features
     """
     on_unsupported = _checks.choice(
         "on_unsupported", on_unsupported, ON_UNSUPPORTED
@@ -123,7 +124,8 @@ def convert_attention(
             '"skip" to keep them softmax, "quadratic" to give them the matrix, '
             "or `dropout=` to drop heads' outputs in place of weights."
         )
-    plans, entries = {}, []
+    plans: dict = {}
+    entries: list = []
     for number, (path, layer) in enumerate(found.items()):
         why_not = "not asked for"
         if path in chosen:

@@ -5,6 +5,8 @@ parallel and errors do not accumulate. Gradients reach priors, maps and, if
 asked for, the query and key projections.
 """
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -19,15 +21,15 @@ TARGETS = ("both", "output", "matrix")
 
 
 def distill(
-    student,
-    teacher,
-    data,
+    student: keras.Model,
+    teacher: keras.Model,
+    data: Any,
     *,
-    steps=100,
-    learning_rate=1e-2,
-    target="both",
-    train_projections=False,
-):
+    steps: int = 100,
+    learning_rate: float = 1e-2,
+    target: str = "both",
+    train_projections: bool = False,
+) -> list[dict]:
     """Trains converted layers to attend as the teacher's do.
 
     Each layer is given the inputs that the teacher's has, so layers learn in
@@ -55,15 +57,15 @@ def distill(
         The loss of each step, a list of dictionaries by layer.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
-    >>> softmax = keras.Model(x, y)
-    >>> linear, _ = keras_kt.convert_attention(softmax)
-    >>> batch = np.random.normal(size=(1, 50, 8)).astype("float32")
-    >>> history = keras_kt.conversion.distill(linear, softmax, batch, steps=3)
-    >>> len(history), list(history[0])
-    (3, ['attention'])
+        >>> x = keras.Input((None, 8))
+        >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+        >>> softmax = keras.Model(x, y)
+        >>> linear, _ = keras_kt.convert_attention(softmax)
+        >>> batch = np.random.normal(size=(1, 50, 8)).astype("float32")
+        >>> history = keras_kt.conversion.distill(
+        ...     linear, softmax, batch, steps=3)
+        >>> len(history), list(history[0])
+        (3, ['attention'])
     """
     target = _checks.choice("target", target, TARGETS)
     steps = _checks.integer("steps", steps, minimum=0)

@@ -6,8 +6,9 @@ of features. All of this forms attention matrices: O(length²).
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -83,7 +84,13 @@ class AttentionErrors(NamedTuple):
         )
 
 
-def attention_error(model, data, *, teacher=None, batches=1):
+def attention_error(
+    model: keras.Model,
+    data: Any,
+    *,
+    teacher: keras.Model | None = None,
+    batches: int = 1,
+) -> AttentionErrors:
     """Measures converted layers against softmax, on real queries and keys.
 
     Without a teacher, layers are compared with the softmax that their prior
@@ -102,14 +109,13 @@ def attention_error(model, data, *, teacher=None, batches=1):
         `AttentionErrors`.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
-    >>> model, _ = keras_kt.convert_attention(keras.Model(x, y))
-    >>> batch = np.random.normal(size=(1, 9, 8)).astype("float32")
-    >>> errors = keras_kt.conversion.attention_error(model, batch)
-    >>> len(errors.heads), list(errors.layers)
-    (2, ['attention'])
+        >>> x = keras.Input((None, 8))
+        >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+        >>> model, _ = keras_kt.convert_attention(keras.Model(x, y))
+        >>> batch = np.random.normal(size=(1, 9, 8)).astype("float32")
+        >>> errors = keras_kt.conversion.attention_error(model, batch)
+        >>> len(errors.heads), list(errors.layers)
+        (2, ['attention'])
     """
     captured = capture(model, data, batches, teacher)
     return errors_of(captured)

@@ -6,6 +6,7 @@ notices. Quality without the far field tells. O(length²).
 
 import contextlib
 
+import keras
 import tensorflow as tf
 
 from keras_kt.conversion.estimate import estimate
@@ -14,7 +15,7 @@ from keras_kt.conversion.softmax import attending
 
 
 @contextlib.contextmanager
-def without_far_field(model):
+def without_far_field(model: keras.Model) -> keras.Model:
     """Within it, layers attend to their near field alone.
 
     A diagnosis of what features contribute: keys beyond the near field weigh
@@ -25,16 +26,15 @@ def without_far_field(model):
         model: a model with `KernelizedAttention` layers.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> y = keras.layers.MultiHeadAttention(2, 4)(x, x)
-    >>> softmax = keras.Model(x, y)
-    >>> linear, _ = keras_kt.convert_attention(softmax, near_field=3)
-    >>> batch = np.random.normal(size=(1, 9, 8)).astype("float32")
-    >>> with keras_kt.conversion.without_far_field(linear):
-    ...     near = linear(batch)
-    >>> near.shape
-    TensorShape([1, 9, 8])
+        >>> x = keras.Input((None, 8))
+        >>> y = keras.layers.MultiHeadAttention(2, 4)(x, x)
+        >>> softmax = keras.Model(x, y)
+        >>> linear, _ = keras_kt.convert_attention(softmax, near_field=3)
+        >>> batch = np.random.normal(size=(1, 9, 8)).astype("float32")
+        >>> with keras_kt.conversion.without_far_field(linear):
+        ...     near = linear(batch)
+        >>> near.shape
+        TensorShape([1, 9, 8])
     """
 
     def attend(layer, query, key, value, visible):

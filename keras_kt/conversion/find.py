@@ -16,7 +16,7 @@ from keras_kt.layers.attention import KernelizedAttention
 
 def attention_layers(model) -> dict:
     """The attention layers of a model by path, those of any kind."""
-    found = {}
+    found: dict = {}
 
     def visit(layer, path):
         for child in children(layer):

@@ -7,6 +7,7 @@ pass a key-value cache: `linearize_masks` keeps causality apart, and
 """
 
 import sys
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -39,17 +40,17 @@ class CachedKernelizedAttention(KernelizedAttention):
         The output, the scores if asked for, and the cache if there is one.
     """
 
-    def call(
+    def call(  # type: ignore[override]
         self,
-        query,
-        value,
-        key=None,
-        attention_mask=None,
-        cache=None,
-        cache_update_index=None,
-        return_attention_scores=False,
-        training=None,
-    ):
+        query: tf.Tensor,
+        value: tf.Tensor,
+        key: tf.Tensor | None = None,
+        attention_mask: tf.Tensor | None = None,
+        cache: tf.Tensor | None = None,
+        cache_update_index: Any = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+    ) -> Any:
         is_causal = isinstance(attention_mask, tuple)
         if is_causal:
             attention_mask = attention_mask[0] if attention_mask else None

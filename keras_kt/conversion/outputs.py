@@ -3,6 +3,8 @@
 After `distill`, whose layers learn apart, this lets them correct each other.
 """
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -13,8 +15,14 @@ from keras_kt.conversion.probe import kept_losses
 
 
 def distill_outputs(
-    student, teacher, data, *, steps=100, learning_rate=1e-3, loss=None
-):
+    student: keras.Model,
+    teacher: keras.Model,
+    data: Any,
+    *,
+    steps: int = 100,
+    learning_rate: float = 1e-3,
+    loss: Any = None,
+) -> list[float]:
     """Trains a converted model to give its teacher's outputs.
 
     All trainable weights are trained, at the cost of training: the student runs
@@ -39,16 +47,15 @@ def distill_outputs(
         The loss of each step, a list of numbers.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
-    >>> softmax = keras.Model(x, keras.layers.Dense(3)(y))
-    >>> linear, _ = keras_kt.convert_attention(softmax)
-    >>> batch = np.random.normal(size=(1, 50, 8)).astype("float32")
-    >>> losses = keras_kt.conversion.distill_outputs(
-    ...     linear, softmax, batch, steps=3)
-    >>> len(losses)
-    3
+        >>> x = keras.Input((None, 8))
+        >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+        >>> softmax = keras.Model(x, keras.layers.Dense(3)(y))
+        >>> linear, _ = keras_kt.convert_attention(softmax)
+        >>> batch = np.random.normal(size=(1, 50, 8)).astype("float32")
+        >>> losses = keras_kt.conversion.distill_outputs(
+        ...     linear, softmax, batch, steps=3)
+        >>> len(losses)
+        3
     """
     steps = _checks.integer("steps", steps, minimum=0)
     if loss is not None and not callable(loss):

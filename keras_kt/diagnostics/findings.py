@@ -5,8 +5,9 @@ kernels. On a batch: queries and keys too long for the number of features, rows
 that do not sum to one.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 
 from keras_kt.conversion.errors import predicted_deviation
@@ -51,7 +52,7 @@ class Finding(NamedTuple):
         return f"{self.path}, head {self.head}: {self.problem}. {self.advice}"
 
 
-def health(model, data=None):
+def health(model: keras.Model, data: Any = None) -> list[Finding]:
     """What is wrong with the kernels of a model or a layer.
 
     Looks for parameters that are not finite, components of a mixture that have
@@ -68,11 +69,10 @@ def health(model, data=None):
         List of `Finding`; empty if nothing was found.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(2, 4)
-    >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
-    >>> keras_kt.diagnostics.health(layer)
-    []
+        >>> layer = keras_kt.KernelizedAttention(2, 4)
+        >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
+        >>> keras_kt.diagnostics.health(layer)
+        []
     """
     if isinstance(model, KernelizedAttention):
         if data is not None:

@@ -4,8 +4,9 @@ What features imply on a batch, beside softmax for the same queries and keys and
 beside the prior's own kernel. O(length²).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 
 from keras_kt import kernels
@@ -33,7 +34,7 @@ class AttentionMap(NamedTuple):
     softmax: np.ndarray | None
 
 
-def attention_maps(model, data):
+def attention_maps(model: keras.Model, data: Any) -> list[AttentionMap]:
     """What each layer of a model attends to. O(length²).
 
     Args:
@@ -44,12 +45,12 @@ def attention_maps(model, data):
         List of `AttentionMap`, in the order of the model's layers.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
-    >>> maps = keras_kt.diagnostics.attention_maps(model, np.ones((1, 5, 8)))
-    >>> maps[0].weights.shape
-    (1, 2, 5, 5)
+        >>> x = keras.Input((None, 8))
+        >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
+        >>> x = np.ones((1, 5, 8))
+        >>> maps = keras_kt.diagnostics.attention_maps(model, x)
+        >>> maps[0].weights.shape
+        (1, 2, 5, 5)
     """
     return [
         AttentionMap(path, record.weights, _softmax_map(layer, record.call))
@@ -57,7 +58,7 @@ def attention_maps(model, data):
     ]
 
 
-def kernel_errors(model, data):
+def kernel_errors(model: keras.Model, data: Any) -> dict:
     """How far features are from the kernel that they estimate. O(length²).
 
     It is the Monte Carlo error, apart from what was learned: against softmax
@@ -73,16 +74,15 @@ def kernel_errors(model, data):
         a layer that forgets or has a near field.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> attention = keras_kt.KernelizedAttention(2, 4, name="attention")
-    >>> model = keras.Model(x, attention(x, x))
-    >>> batch = np.random.normal(size=(1, 9, 8))
-    >>> errors = keras_kt.diagnostics.kernel_errors(model, batch)
-    >>> errors["attention"].shape
-    (2,)
+        >>> x = keras.Input((None, 8))
+        >>> attention = keras_kt.KernelizedAttention(2, 4, name="attention")
+        >>> model = keras.Model(x, attention(x, x))
+        >>> batch = np.random.normal(size=(1, 9, 8))
+        >>> errors = keras_kt.diagnostics.kernel_errors(model, batch)
+        >>> errors["attention"].shape
+        (2,)
     """
-    errors = {}
+    errors: dict = {}
     for path, layer, record in recorded(model, data, weights=True):
         exact = _closed_form_map(layer, record.call)
         errors[path] = None

@@ -7,6 +7,9 @@ and warnings, and stays in the callback's `history` for `plots.plot_history`.
 import importlib.util
 import io
 import logging
+import os
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -56,25 +59,24 @@ class SpectralMonitor(keras.callbacks.Callback):
             `plots.plot_history` draws them.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> attention = keras_kt.KernelizedAttention(2, 4, name="attention")
-    >>> model = keras.Model(x, attention(x, x))
-    >>> model.compile("sgd", "mse")
-    >>> batch = np.zeros((4, 6, 8))
-    >>> monitor = keras_kt.diagnostics.SpectralMonitor(tempfile.mkdtemp())
-    >>> _ = model.fit(batch, batch, callbacks=[monitor], verbose=0)
-    >>> sorted(monitor.history["attention"])
-    ['kernel']
+        >>> x = keras.Input((None, 8))
+        >>> attention = keras_kt.KernelizedAttention(2, 4, name="attention")
+        >>> model = keras.Model(x, attention(x, x))
+        >>> model.compile("sgd", "mse")
+        >>> batch = np.zeros((4, 6, 8))
+        >>> monitor = keras_kt.diagnostics.SpectralMonitor(tempfile.mkdtemp())
+        >>> _ = model.fit(batch, batch, callbacks=[monitor], verbose=0)
+        >>> sorted(monitor.history["attention"])
+        ['kernel']
     """
 
     def __init__(
         self,
-        log_dir,
-        every=1,
-        data=None,
-        distances=(1.0, 2.0, 5.0),
-        pictures=10,
+        log_dir: str | os.PathLike,
+        every: int = 1,
+        data: Any = None,
+        distances: Sequence[float] = (1.0, 2.0, 5.0),
+        pictures: int = 10,
     ):
         super().__init__()
         self.log_dir = str(log_dir)

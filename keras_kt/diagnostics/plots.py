@@ -4,15 +4,20 @@ Each function makes a figure and returns it, without showing or saving it. Only
 here is matplotlib imported, when a figure is made.
 """
 
+from typing import Any
+
+import keras
 import numpy as np
 
 from keras_kt import _checks
+from keras_kt.conversion.errors import AttentionErrors
+from keras_kt.diagnostics.matrices import AttentionMap
 from keras_kt.diagnostics.profile import kernel_profile, spectrum
 
 _STROKES = ("-", "--", ":", "-.")
 
 
-def plot_kernels(layer, before=None):
+def plot_kernels(layer: keras.Layer, before: Any = None) -> Any:
     """The kernel of each head against distance.
 
     Args:
@@ -24,10 +29,9 @@ def plot_kernels(layer, before=None):
         A matplotlib figure.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(2, 4)
-    >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
-    >>> figure = keras_kt.diagnostics.plots.plot_kernels(layer)
+        >>> layer = keras_kt.KernelizedAttention(2, 4)
+        >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
+        >>> figure = keras_kt.diagnostics.plots.plot_kernels(layer)
     """
     profile = kernel_profile(layer)
     figure, panel = _panel()
@@ -45,7 +49,7 @@ def plot_kernels(layer, before=None):
     return figure
 
 
-def plot_spectrum(layer, head=0):
+def plot_spectrum(layer: keras.Layer, head: int = 0) -> Any:
     """The frequencies of one head in their two widest directions.
 
     Args:
@@ -56,10 +60,9 @@ def plot_spectrum(layer, head=0):
         A matplotlib figure; areas are the frequencies' weights.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(2, 4)
-    >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
-    >>> figure = keras_kt.diagnostics.plots.plot_spectrum(layer, head=1)
+        >>> layer = keras_kt.KernelizedAttention(2, 4)
+        >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
+        >>> figure = keras_kt.diagnostics.plots.plot_spectrum(layer, head=1)
     """
     found = spectrum(layer)
     head = _index("head", head, len(found.frequencies))
@@ -83,7 +86,9 @@ def plot_spectrum(layer, head=0):
     return figure
 
 
-def plot_attention(attention_map, head=0, example=0):
+def plot_attention(
+    attention_map: AttentionMap, head: int = 0, example: int = 0
+) -> Any:
     """What a head attends to, beside softmax for the same queries and keys.
 
     Args:
@@ -95,11 +100,11 @@ def plot_attention(attention_map, head=0, example=0):
         A matplotlib figure. Shades are of the square root of the weights.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
-    >>> maps = keras_kt.diagnostics.attention_maps(model, np.ones((1, 5, 8)))
-    >>> figure = keras_kt.diagnostics.plots.plot_attention(maps[0], head=1)
+        >>> x = keras.Input((None, 8))
+        >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
+        >>> x = np.ones((1, 5, 8))
+        >>> maps = keras_kt.diagnostics.attention_maps(model, x)
+        >>> figure = keras_kt.diagnostics.plots.plot_attention(maps[0], head=1)
     """
     batch, heads = attention_map.weights.shape[:2]
     head = _index("head", head, heads)
@@ -126,7 +131,7 @@ def plot_attention(attention_map, head=0, example=0):
     return figure
 
 
-def plot_errors(errors):
+def plot_errors(errors: AttentionErrors) -> Any:
     """The errors of a converted model, head by head, beside uniform attention.
 
     Args:
@@ -136,13 +141,12 @@ def plot_errors(errors):
         A matplotlib figure.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
-    >>> model, _ = keras_kt.convert_attention(keras.Model(x, y))
-    >>> batch = np.random.normal(size=(1, 9, 8)).astype("float32")
-    >>> errors = keras_kt.conversion.attention_error(model, batch)
-    >>> figure = keras_kt.diagnostics.plots.plot_errors(errors)
+        >>> x = keras.Input((None, 8))
+        >>> y = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+        >>> model, _ = keras_kt.convert_attention(keras.Model(x, y))
+        >>> batch = np.random.normal(size=(1, 9, 8)).astype("float32")
+        >>> errors = keras_kt.conversion.attention_error(model, batch)
+        >>> figure = keras_kt.diagnostics.plots.plot_errors(errors)
     """
     figure, panel = _panel(width=max(4.0, 0.5 * len(errors.heads)))
     places = np.arange(len(errors.heads))
@@ -166,7 +170,7 @@ def plot_errors(errors):
     return figure
 
 
-def plot_history(monitor, path=None):
+def plot_history(monitor: Any, path: str | None = None) -> Any:
     """How the kernels of one layer moved while it trained.
 
     Args:
@@ -179,14 +183,13 @@ def plot_history(monitor, path=None):
         colors are heads, strokes are distances or a mixture's components.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
-    >>> model.compile("sgd", "mse")
-    >>> batch = np.zeros((4, 6, 8))
-    >>> monitor = keras_kt.diagnostics.SpectralMonitor(tempfile.mkdtemp())
-    >>> _ = model.fit(batch, batch, callbacks=[monitor], verbose=0)
-    >>> figure = keras_kt.diagnostics.plots.plot_history(monitor)
+        >>> x = keras.Input((None, 8))
+        >>> model = keras.Model(x, keras_kt.KernelizedAttention(2, 4)(x, x))
+        >>> model.compile("sgd", "mse")
+        >>> batch = np.zeros((4, 6, 8))
+        >>> monitor = keras_kt.diagnostics.SpectralMonitor(tempfile.mkdtemp())
+        >>> _ = model.fit(batch, batch, callbacks=[monitor], verbose=0)
+        >>> figure = keras_kt.diagnostics.plots.plot_history(monitor)
     """
     history = getattr(monitor, "history", None)
     # What `fit` returns has a history too, of losses.
@@ -256,6 +259,6 @@ def _pyplot():
     except ImportError as error:
         raise ImportError(
             "Plots need matplotlib, which is not installed. Run `pip install "
-            "'keras_kt[plot]'`."
+            "matplotlib`."
         ) from error
     return pyplot

@@ -6,7 +6,9 @@ theorem the spectrum is the kernel; the profile is the kernel by distance.
 
 from typing import NamedTuple
 
+import keras
 import numpy as np
+from numpy.typing import ArrayLike
 
 from keras_kt import _checks, kernels
 from keras_kt.diagnostics.record import check_layer
@@ -41,7 +43,13 @@ class Spectrum(NamedTuple):
     weights: np.ndarray
 
 
-def kernel_profile(layer, distances=None, *, directions=64, seed=0):
+def kernel_profile(
+    layer: keras.Layer,
+    distances: ArrayLike | None = None,
+    *,
+    directions: int = 64,
+    seed: int = 0,
+) -> KernelProfile:
     """How similar a layer finds a query and a key, by their distance.
 
     The kernel of trigonometric features without their smoothing. Positive
@@ -58,11 +66,10 @@ def kernel_profile(layer, distances=None, *, directions=64, seed=0):
         `KernelProfile`.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(2, 4)
-    >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
-    >>> keras_kt.diagnostics.kernel_profile(layer, [0.0, 1.0]).kernel.shape
-    (2, 2)
+        >>> layer = keras_kt.KernelizedAttention(2, 4)
+        >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
+        >>> keras_kt.diagnostics.kernel_profile(layer, [0.0, 1.0]).kernel.shape
+        (2, 2)
     """
     check_layer(layer)
     if distances is None:
@@ -92,7 +99,7 @@ def kernel_profile(layer, distances=None, *, directions=64, seed=0):
     )
 
 
-def spectrum(layer):
+def spectrum(layer: keras.Layer) -> Spectrum:
     """The frequencies that a layer has drawn.
 
     Args:
@@ -102,11 +109,10 @@ def spectrum(layer):
         `Spectrum`.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(2, 4, num_features=16)
-    >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
-    >>> keras_kt.diagnostics.spectrum(layer).frequencies.shape
-    (2, 8, 4)
+        >>> layer = keras_kt.KernelizedAttention(2, 4, num_features=16)
+        >>> _ = layer(np.ones((1, 3, 5)), np.ones((1, 3, 5)))
+        >>> keras_kt.diagnostics.spectrum(layer).frequencies.shape
+        (2, 8, 4)
     """
     check_layer(layer)
     draw = layer.spectral_prior.stored_frequencies()

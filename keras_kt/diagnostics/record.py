@@ -58,8 +58,21 @@ def recorded(model, data, *, weights=False, sums=False):
     ]
 
 
-def layers_of(model):
-    """The `KernelizedAttention` layers of a model by path, all built."""
+def layers_of(model: keras.Model) -> dict:
+    """The `KernelizedAttention` layers of a model by path, all built.
+
+    Args:
+        model: a model with such layers, at any depth.
+
+    Returns:
+        Dictionary from paths to layers.
+
+    Examples:
+        >>> x = keras.Input((None, 8))
+        >>> y = keras_kt.KernelizedAttention(2, 4, name="attention")(x, x)
+        >>> list(keras_kt.diagnostics.layers_of(keras.Model(x, y)))
+        ['attention']
+    """
     found = kernelized_layers(model)
     for layer in found.values():
         check_layer(layer)

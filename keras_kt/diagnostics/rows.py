@@ -4,8 +4,9 @@ Positive features give convex combinations; signed ones need not, where their
 normalizer is guarded. O(length), as the layer's own attention.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 
 from keras_kt.diagnostics.record import is_signed, layers_of, recorded
@@ -30,7 +31,7 @@ class RowSums(NamedTuple):
     least: np.ndarray
 
 
-def row_sums(model, data):
+def row_sums(model: keras.Model, data: Any) -> dict:
     """Whether the weights of each query sum to one, for signed features.
 
     Layers with positive features are left out: theirs always do. Sums are the
@@ -47,14 +48,13 @@ def row_sums(model, data):
         model of positive features only.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> attention = keras_kt.KernelizedAttention(
-    ...     2, 4, feature_map="trigonometric", name="attention")
-    >>> model = keras.Model(x, attention(x, x))
-    >>> batch = np.random.normal(size=(1, 50, 8))
-    >>> keras_kt.diagnostics.row_sums(model, batch)["attention"].least.shape
-    (2,)
+        >>> x = keras.Input((None, 8))
+        >>> attention = keras_kt.KernelizedAttention(
+        ...     2, 4, feature_map="trigonometric", name="attention")
+        >>> model = keras.Model(x, attention(x, x))
+        >>> batch = np.random.normal(size=(1, 50, 8))
+        >>> keras_kt.diagnostics.row_sums(model, batch)["attention"].least.shape
+        (2,)
     """
     if not any(is_signed(layer) for layer in layers_of(model).values()):
         return {}

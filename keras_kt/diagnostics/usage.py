@@ -4,13 +4,16 @@ By the eigenvalues of the second moments of the keys' features: many features
 that all say the same count as one. O(length · D²).
 """
 
+from typing import Any
+
+import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_kt.diagnostics.record import recorded, scaled_tokens
 
 
-def effective_features(model, data):
+def effective_features(model: keras.Model, data: Any) -> dict:
     """How many features a batch's keys make use of, by layer and head.
 
     (Σλ)²/Σλ² of the eigenvalues λ of the second moments of the keys' features,
@@ -24,14 +27,13 @@ def effective_features(model, data):
         Dictionary from paths to `(heads,)` arrays.
 
     Examples:
-
-    >>> x = keras.Input((None, 8))
-    >>> attention = keras_kt.KernelizedAttention(2, 4, name="attention")
-    >>> model = keras.Model(x, attention(x, x))
-    >>> batch = np.random.normal(size=(1, 50, 8))
-    >>> counts = keras_kt.diagnostics.effective_features(model, batch)
-    >>> counts["attention"].shape
-    (2,)
+        >>> x = keras.Input((None, 8))
+        >>> attention = keras_kt.KernelizedAttention(2, 4, name="attention")
+        >>> model = keras.Model(x, attention(x, x))
+        >>> batch = np.random.normal(size=(1, 50, 8))
+        >>> counts = keras_kt.diagnostics.effective_features(model, batch)
+        >>> counts["attention"].shape
+        (2,)
     """
     counts = {}
     for path, layer, record in recorded(model, data):

@@ -6,6 +6,8 @@ of keys from `(batch, heads, length, head_dim)` to
 `(batch, heads, length, feature_dim)`.
 """
 
+from typing import Any
+
 import tensorflow as tf
 
 from keras_kt._recipe import Recipe
@@ -13,7 +15,18 @@ from keras_kt.priors import Frequencies, SpectralPrior
 
 
 class FeatureMap(Recipe):
-    """Base class of the feature maps; like a prior, a recipe until built."""
+    """Base class of the feature maps; like a prior, a recipe until built.
+
+    Args:
+        **kwargs: `pace`, as in the layer's `spectral_pace`; `name`.
+
+    Examples:
+        >>> layer = keras_kt.KernelizedAttention(2, 8)
+        >>> isinstance(layer.feature_map, keras_kt.FeatureMap)
+        True
+        >>> layer.feature_map.num_frequencies(32)
+        16
+    """
 
     # Features per frequency.
     sides = 1
@@ -61,7 +74,7 @@ class FeatureMap(Recipe):
         scale: float = 1.0,
         *,
         is_absolute: bool = False,
-    ):
+    ) -> Any:
         """The map φ(scale · x) for one draw of frequencies.
 
         Args:
@@ -87,7 +100,9 @@ class FeatureMap(Recipe):
         queries that are shifted by μ."""
         return False
 
-    def logits(self, prior: SpectralPrior, query, key) -> tf.Tensor:
+    def logits(
+        self, prior: SpectralPrior, query: tf.Tensor, key: tf.Tensor
+    ) -> tf.Tensor:
         """Logits of the softmax that the kernel stands for, with Σ = I.
 
         Args:
@@ -110,7 +125,7 @@ class FeatureMap(Recipe):
         """Whether `exact_kernel` has a kernel to give; of recipes, too."""
         return False
 
-    def exact_kernel(self, prior: SpectralPrior, scale: float = 1.0):
+    def exact_kernel(self, prior: SpectralPrior, scale: float = 1.0) -> Any:
         """The kernel that features estimate, in closed form.
 
         Args:

@@ -5,7 +5,7 @@ nothing overflows.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras_kt import _checks
 from keras_kt.features.base import FeatureMap, per_feature
 from keras_kt.numerics import precise_product
+from keras_kt.priors import Frequencies, SpectralPrior
 
 PREFACTORS = ("softmax", "tilted", "gaussian", "isotropic", "self")
 
@@ -40,7 +41,9 @@ class PositiveMap(NamedTuple):
     key_projection: tf.Tensor | None = None
     is_absolute: bool = False
 
-    positive = True
+    @property
+    def positive(self) -> bool:
+        return True
 
     @property
     def width(self) -> int:
@@ -199,41 +202,42 @@ class PositiveFeatures(FeatureMap):
         arXiv 2110.08323, equation 8; Choromanski et al., arXiv 2009.14794.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(
-    ...     2, 8, feature_map=keras_kt.PositiveFeatures("gaussian"))
-    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
-    TensorShape([1, 4, 3])
+        >>> layer = keras_kt.KernelizedAttention(
+        ...     2, 8, feature_map=keras_kt.PositiveFeatures("gaussian"))
+        >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+        TensorShape([1, 4, 3])
     """
 
-    def __init__(self, prefactor="softmax", two_sided=True, **kwargs):
+    def __init__(
+        self, prefactor: str = "softmax", two_sided: bool = True, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.prefactor = _checks.choice("prefactor", prefactor, PREFACTORS)
         self.two_sided = _checks.boolean("two_sided", two_sided)
 
     @property
-    def sides(self):
+    def sides(self) -> int:  # type: ignore[override]
         return 2 if self.two_sided else 1
 
     @property
-    def is_softmax(self):
+    def is_softmax(self) -> bool:  # type: ignore[override]
         return self.prefactor in ("softmax", "tilted", "self")
 
-    def cancels_mean(self, prior):
+    def cancels_mean(self, prior: SpectralPrior) -> bool:
         is_shared = prior.num_components == 1
         return self.prefactor == "softmax" or (
             self.prefactor == "self" and is_shared
         )
 
-    def is_tilted(self, prior):
+    def is_tilted(self, prior: SpectralPrior) -> bool:
         is_normal = prior.is_gaussian and prior.num_components == 1
         return self.prefactor == "tilted" and is_normal and prior.has_mean
 
-    def default_num_features(self, prior, head_dim):
+    def default_num_features(self, prior: SpectralPrior, head_dim: int) -> int:
         # Both kinds need whole blocks; one-sided features need the width too.
         return 2 * prior.block_size(head_dim)
 
-    def validate(self, prior):
+    def validate(self, prior: SpectralPrior) -> None:
         if not prior.has_moment_generating_function:
             raise ValueError(
                 "Positive features need a prior with a moment generating "
@@ -254,7 +258,13 @@ class PositiveFeatures(FeatureMap):
                 "use_mean=False."
             )
 
-    def bind(self, frequencies, scale=1.0, *, is_absolute=False):
+    def bind(
+        self,
+        frequencies: Frequencies,
+        scale: float = 1.0,
+        *,
+        is_absolute: bool = False,
+    ) -> Any:
         def projection(offsets):
             return scale * tf.linalg.matrix_transpose(offsets)
 
@@ -287,10 +297,10 @@ class PositiveFeatures(FeatureMap):
             return share * tf.linalg.matrix_transpose(covariances)
         return math.sqrt(share) * covariances
 
-    def has_exact_kernel(self, prior):
+    def has_exact_kernel(self, prior: SpectralPrior) -> bool:
         return prior.is_gaussian
 
-    def exact_kernel(self, prior, scale=1.0):
+    def exact_kernel(self, prior: SpectralPrior, scale: float = 1.0) -> Any:
         # Frequencies of fixed radius estimate it with a small bias.
         if not self.has_exact_kernel(prior):
             return None

@@ -1,7 +1,7 @@
 """Trigonometric random features (RKS): φ_ω(x) = (cos ω·x, sin ω·x)."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras_kt import _checks
 from keras_kt.features.base import FeatureMap, per_feature
 from keras_kt.numerics import precise_product, sine_and_cosine
+from keras_kt.priors import Frequencies
 
 # Lost in the rounding of any smoothing that matters.
 _LEAST_SMOOTHING = 1e-12
@@ -29,7 +30,9 @@ class TrigonometricMap(NamedTuple):
     smoothing: tf.Tensor
     key_projection: tf.Tensor | None = None
 
-    positive = False
+    @property
+    def positive(self) -> bool:
+        return False
 
     @property
     def width(self) -> int:
@@ -73,22 +76,23 @@ class TrigonometricFeatures(FeatureMap):
         arXiv 2110.08323, equation 6; Rahimi and Recht, NeurIPS 2007.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(
-    ...     2, 8, feature_map=keras_kt.TrigonometricFeatures(smoothing=0.5))
-    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
-    TensorShape([1, 4, 3])
+        >>> layer = keras_kt.KernelizedAttention(
+        ...     2, 8, feature_map=keras_kt.TrigonometricFeatures(smoothing=0.5))
+        >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+        TensorShape([1, 4, 3])
     """
 
     sides = 2
     is_shift_invariant = True
     needs_unit_norm = True
 
-    def __init__(self, smoothing=0.1, *, trainable=True, **kwargs):
+    def __init__(
+        self, smoothing: float = 0.1, *, trainable: bool = True, **kwargs: Any
+    ):
         super().__init__(trainable=trainable, **kwargs)
         self.smoothing = _checks.number("smoothing", smoothing, is_open=True)
 
-    def initial_temperature(self, head_dim):
+    def initial_temperature(self, head_dim: int) -> float:
         # Cosines of random directions deviate by head_dim^(-1/2), so that
         # logits deviate by 8^(-1/2) at any width: 2 at 32, 0.7 at 4.
         return math.sqrt(head_dim / 8.0)
@@ -102,7 +106,7 @@ class TrigonometricFeatures(FeatureMap):
         )
         self.built = True
 
-    def feature_dim(self, num_features):
+    def feature_dim(self, num_features: int) -> int:
         # The constant feature of the smoothing.
         return num_features + 1
 
@@ -113,7 +117,13 @@ class TrigonometricFeatures(FeatureMap):
         # Never zero: the constant feature counts the keys.
         return tf.nn.softplus(raw) + _LEAST_SMOOTHING
 
-    def bind(self, frequencies, scale=1.0, *, is_absolute=False):
+    def bind(
+        self,
+        frequencies: Frequencies,
+        scale: float = 1.0,
+        *,
+        is_absolute: bool = False,
+    ) -> Any:
         # Features of queries are always absolute.
         projection = tf.linalg.matrix_transpose(frequencies.offsets)
         of_keys = frequencies.key_offsets

@@ -4,28 +4,33 @@ Any model with `initial_state(batch_size)` and `step(tokens, state)` that gives
 logits will do: the prompt is one `step`, and so is every token after it.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
 import tensorflow as tf
+from numpy.typing import ArrayLike
 
 from keras_kt import _checks, streaming
 from keras_kt.generation import loop, prompts, sampling
 
 
 def generate(
-    model,
-    prompt,
-    max_new_tokens,
+    model: keras.Model,
+    prompt: Any,
+    max_new_tokens: int,
     *,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    end_token=None,
-    seed=None,
-    jit_compile=False,
-    prompt_mask=None,
-    prompt_lengths=None,
-    num_return_sequences=1,
-    on_tokens=None,
-):
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    end_token: int | Sequence[int] | None = None,
+    seed: int | None = None,
+    jit_compile: bool = False,
+    prompt_mask: ArrayLike | None = None,
+    prompt_lengths: ArrayLike | None = None,
+    num_return_sequences: int = 1,
+    on_tokens: Callable | None = None,
+) -> tf.Tensor:
     """Continues prompts, token by token, from a state of fixed size.
 
     The first call with a model, a prompt's shape and options that are static
@@ -82,28 +87,27 @@ def generate(
         same place in every row. Continuations of a prompt follow one another.
 
     Examples:
-
-    >>> class Decoder(keras.Model):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.embedding = keras.layers.Embedding(10, 8)
-    ...         self.block = keras_kt.KernelizedTransformerDecoder(16, 2)
-    ...         self.head = keras.layers.Dense(10)
-    ...     def call(self, tokens):
-    ...         return self.head(self.block(self.embedding(tokens)))
-    ...     def initial_state(self, batch_size):
-    ...         return self.block.initial_state(batch_size)
-    ...     def step(self, tokens, state, mask=None):
-    ...         x, state = self.block.step(
-    ...             self.embedding(tokens), state, decoder_padding_mask=mask
-    ...         )
-    ...         return self.head(x), state
-    >>> model = Decoder()
-    >>> _ = model(np.array([[1, 2, 3]]))
-    >>> keras_kt.generate(model, [[1, 2, 3]], 5, seed=0).shape
-    TensorShape([1, 8])
-    >>> keras_kt.generate(model, [[1, 2, 3], [4]], 5, top_p=0.9).shape
-    TensorShape([2, 8])
+        >>> class Decoder(keras.Model):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.embedding = keras.layers.Embedding(10, 8)
+        ...         self.block = keras_kt.KernelizedTransformerDecoder(16, 2)
+        ...         self.head = keras.layers.Dense(10)
+        ...     def call(self, tokens):
+        ...         return self.head(self.block(self.embedding(tokens)))
+        ...     def initial_state(self, batch_size):
+        ...         return self.block.initial_state(batch_size)
+        ...     def step(self, tokens, state, mask=None):
+        ...         x, state = self.block.step(
+        ...             self.embedding(tokens), state, decoder_padding_mask=mask
+        ...         )
+        ...         return self.head(x), state
+        >>> model = Decoder()
+        >>> _ = model(np.array([[1, 2, 3]]))
+        >>> keras_kt.generate(model, [[1, 2, 3]], 5, seed=0).shape
+        TensorShape([1, 8])
+        >>> keras_kt.generate(model, [[1, 2, 3], [4]], 5, top_p=0.9).shape
+        TensorShape([2, 8])
     """
     stream = streaming.stream_of(model)
     prompt, mask = prompts.read(prompt, prompt_mask, prompt_lengths)
@@ -119,7 +123,7 @@ def generate(
         top_p is not None,
         _checks.boolean("jit_compile", jit_compile),
     )
-    ends = [] if end_token is None else end_token
+    ends: Any = [] if end_token is None else end_token
     if _checks.is_sequence(ends):
         ends = _checks.integers("end_token", ends, minimum=None)
     else:

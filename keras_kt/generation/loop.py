@@ -1,6 +1,7 @@
 """The loop: a prompt's step, then one for each token, compiled once a shape."""
 
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from keras_kt.layers import evaluated
 from keras_kt.ops.streams import gather_state
 
 # Compiled functions of each model, by their options.
-_FUNCTIONS = weakref.WeakKeyDictionary()
+_FUNCTIONS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class Options(NamedTuple):
@@ -63,9 +64,9 @@ class Functions(NamedTuple):
         advance: `(position, rows, settings)` to those of the one at a position.
     """
 
-    whole: object
-    start: object
-    advance: object
+    whole: Callable
+    start: Callable
+    advance: Callable
 
 
 def of_model(model, options) -> Functions:

@@ -1,9 +1,14 @@
 """KernelizedAttention: MultiHeadAttention's contract at O(length) cost."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 
+from keras_kt.features import FeatureMap
 from keras_kt.layers.linear_attention import LinearAttention
 from keras_kt.layers.token_attention import TokenAttention
+from keras_kt.priors import SpectralPrior
 
 
 @keras.saving.register_keras_serializable(package="keras_kt")
@@ -12,11 +17,13 @@ class KernelizedAttention(TokenAttention):
 
     Takes the place of `keras.layers.MultiHeadAttention`: same arguments, same
     call, same weights first. Keys weigh k(q, k) / Σ k(q, ·) with k(x, y) =
-    E[φ_ω(x)·φ_ω(y)], ω drawn from a trainable spectral prior; no matrix.
+    E[φ_ω(x)·φ_ω(y)], ω drawn from a trainable spectral prior; no matrix. φ(x)
+    has `num_features` numbers for each head: the more, the smaller the error of
+    the estimate, and the more it costs.
 
     Masked keys leave by selection: their content (NaN too) has no effect.
     Masked queries, and queries that see no key, get a zero context (the output
-    bias). True keeps in every mask.
+    bias).
 
     Args:
         num_heads: number of attention heads.
@@ -78,15 +85,14 @@ class KernelizedAttention(TokenAttention):
         `(batch, query_length, output_dim)`, and the weights if asked for.
 
     Examples:
-
-    >>> x = np.random.normal(size=(2, 100, 32)).astype("float32")
-    >>> layer = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
-    >>> layer(x, x, use_causal_mask=True).shape
-    TensorShape([2, 100, 32])
-    >>> state = layer.initial_state(batch_size=2)
-    >>> output, state = layer.step(x[:, :1], state)
-    >>> output.shape
-    TensorShape([2, 1, 32])
+        >>> x = np.random.normal(size=(2, 100, 32)).astype("float32")
+        >>> layer = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
+        >>> layer(x, x, use_causal_mask=True).shape
+        TensorShape([2, 100, 32])
+        >>> state = layer.initial_state(batch_size=2)
+        >>> output, state = layer.step(x[:, :1], state)
+        >>> output.shape
+        TensorShape([2, 1, 32])
 
     References:
         "On Learning the Transformer Kernel", arXiv 2110.08323.
@@ -97,36 +103,36 @@ class KernelizedAttention(TokenAttention):
 
     def __init__(
         self,
-        num_heads,
-        key_dim,
-        value_dim=None,
-        dropout=0.0,
-        use_bias=True,
-        output_shape=None,
-        attention_axes=None,
-        sliding_window=None,
-        flash_attention=None,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        kernel_constraint=None,
-        bias_constraint=None,
-        use_gate=False,
-        seed=None,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int | None = None,
+        dropout: float = 0.0,
+        use_bias: bool = True,
+        output_shape: int | Sequence[int] | None = None,
+        attention_axes: int | Sequence[int] | None = None,
+        sliding_window: int | None = None,
+        flash_attention: bool | None = None,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        activity_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        bias_constraint: Any = None,
+        use_gate: bool = False,
+        seed: int | None = None,
         *,
-        spectral_prior="normal",
-        feature_map="positive",
-        num_features=None,
-        qk_norm="auto",
-        redraw="never",
-        implementation="auto",
-        decay=None,
-        near_field=None,
-        rotary_max_wavelength=None,
-        spectral_pace=4.0,
-        **kwargs,
+        spectral_prior: str | SpectralPrior = "normal",
+        feature_map: str | FeatureMap = "positive",
+        num_features: int | None = None,
+        qk_norm: str | None = "auto",
+        redraw: str = "never",
+        implementation: str = "auto",
+        decay: str | None = None,
+        near_field: int | None = None,
+        rotary_max_wavelength: float | None = None,
+        spectral_pace: float = 4.0,
+        **kwargs: Any,
     ):
         heads_attention = LinearAttention(
             num_heads,

@@ -1,6 +1,7 @@
 """What transformer blocks share: their arguments and their sublayers."""
 
 import inspect
+from typing import Any
 
 import keras
 
@@ -33,19 +34,19 @@ class TransformerBlock(keras.layers.Layer):
 
     def __init__(
         self,
-        intermediate_dim,
-        num_heads,
-        dropout=0.0,
-        activation="relu",
-        layer_norm_epsilon=1e-5,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        normalize_first=False,
+        intermediate_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        activation: Any = "relu",
+        layer_norm_epsilon: float = 1e-5,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        normalize_first: bool = False,
         *,
-        key_dim=None,
-        num_key_value_heads=None,
-        local_context=None,
-        **kwargs,
+        key_dim: int | None = None,
+        num_key_value_heads: int | None = None,
+        local_context: int | None = None,
+        **kwargs: Any,
     ):
         self.attention_options = _checks.plain(
             {**projections.ARGUMENTS, **linear_attention.ARGUMENTS},

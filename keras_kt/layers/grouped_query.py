@@ -1,10 +1,14 @@
 """KernelizedGroupedQueryAttention: GroupQueryAttention's contract."""
 
+from typing import Any
+
 import keras
 
 from keras_kt import _checks
+from keras_kt.features import FeatureMap
 from keras_kt.layers.linear_attention import LinearAttention
 from keras_kt.layers.token_attention import TokenAttention
+from keras_kt.priors import SpectralPrior
 
 # Which check the value of an argument has to pass, to leave as plain Python.
 _SIZES = dict.fromkeys(
@@ -45,25 +49,29 @@ class KernelizedGroupedQueryAttention(TokenAttention):
             rotary_max_wavelength and spectral_pace.
 
     Call arguments:
-        query, value, key, query_mask, value_mask, key_mask, attention_mask,
-            training, use_causal_mask, return_attention_scores: as in
-            `KernelizedAttention`. The width of query and value is the same.
+        query: `(batch, query_length, features)`.
+        value, key: `(batch, key_length, features)`, as wide as the query.
+            `key` defaults to `value`.
+        query_mask, value_mask, key_mask: `(batch, length)` boolean. Default to
+            the Keras masks of the tensors.
+        attention_mask: as in `KernelizedAttention`; as are training,
+            use_causal_mask and return_attention_scores.
 
     Returns:
         `(batch, query_length, features)`, and the weights if asked for,
         `(batch, num_query_heads, query_length, key_length)`.
 
     Examples:
-
-    >>> x = np.random.normal(size=(2, 100, 32)).astype("float32")
-    >>> layer = keras_kt.KernelizedGroupedQueryAttention(
-    ...     head_dim=8, num_query_heads=4, num_key_value_heads=2
-    ... )
-    >>> layer(x, x, use_causal_mask=True).shape
-    TensorShape([2, 100, 32])
-    >>> output, state = layer.step(x[:, :1], layer.initial_state(batch_size=2))
-    >>> output.shape, state.sums.shape
-    (TensorShape([2, 1, 32]), TensorShape([2, 2, 9, 16]))
+        >>> x = np.random.normal(size=(2, 100, 32)).astype("float32")
+        >>> layer = keras_kt.KernelizedGroupedQueryAttention(
+        ...     head_dim=8, num_query_heads=4, num_key_value_heads=2
+        ... )
+        >>> layer(x, x, use_causal_mask=True).shape
+        TensorShape([2, 100, 32])
+        >>> state = layer.initial_state(batch_size=2)
+        >>> output, state = layer.step(x[:, :1], state)
+        >>> output.shape, state.sums.shape
+        (TensorShape([2, 1, 32]), TensorShape([2, 2, 9, 16]))
 
     References:
         "GQA: Training Generalized Multi-Query Transformer Models from
@@ -78,34 +86,34 @@ class KernelizedGroupedQueryAttention(TokenAttention):
 
     def __init__(
         self,
-        head_dim,
-        num_query_heads,
-        num_key_value_heads,
-        dropout=0.0,
-        use_bias=True,
-        sliding_window=None,
-        flash_attention=None,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        kernel_constraint=None,
-        bias_constraint=None,
-        use_gate=False,
-        seed=None,
+        head_dim: int,
+        num_query_heads: int,
+        num_key_value_heads: int,
+        dropout: float = 0.0,
+        use_bias: bool = True,
+        sliding_window: int | None = None,
+        flash_attention: bool | None = None,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        activity_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        bias_constraint: Any = None,
+        use_gate: bool = False,
+        seed: int | None = None,
         *,
-        spectral_prior="normal",
-        feature_map="positive",
-        num_features=None,
-        qk_norm="auto",
-        redraw="never",
-        implementation="auto",
-        decay=None,
-        near_field=None,
-        rotary_max_wavelength=None,
-        spectral_pace=4.0,
-        **kwargs,
+        spectral_prior: str | SpectralPrior = "normal",
+        feature_map: str | FeatureMap = "positive",
+        num_features: int | None = None,
+        qk_norm: str | None = "auto",
+        redraw: str = "never",
+        implementation: str = "auto",
+        decay: str | None = None,
+        near_field: int | None = None,
+        rotary_max_wavelength: float | None = None,
+        spectral_pace: float = 4.0,
+        **kwargs: Any,
     ):
         sizes = _checks.plain(
             _SIZES,
@@ -157,12 +165,12 @@ class KernelizedGroupedQueryAttention(TokenAttention):
         )
 
     @property
-    def head_dim(self):
+    def head_dim(self) -> int:
         """Size of each head."""
         return self.key_dim
 
     @property
-    def num_query_heads(self):
+    def num_query_heads(self) -> int:
         """Number of query heads."""
         return self.num_heads
 

@@ -2,13 +2,16 @@
 
 import functools
 import warnings
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_kt import _checks, features, ops, priors
+from keras_kt.features import FeatureMap
 from keras_kt.layers import evaluated, rotary
 from keras_kt.layers.scaling import Decay, UnitNorm, checked_rates
+from keras_kt.priors import SpectralPrior
 
 REDRAWS = ("never", "step")
 QK_NORMS = ("auto", None, "l2")
@@ -85,24 +88,24 @@ class LearnedKernel(keras.layers.Layer):
         self._check_redraw()
 
     @property
-    def spectral_prior(self):
+    def spectral_prior(self) -> SpectralPrior:
         """The built prior; before `build`, the recipe."""
         return getattr(self, "_spectral_prior", self._recipes.spectral_prior)
 
     @property
-    def feature_map(self):
+    def feature_map(self) -> FeatureMap:
         """The built feature map; before `build`, the recipe."""
         return getattr(self, "_feature_map", self._recipes.feature_map)
 
     @property
-    def spectral_weights(self):
+    def spectral_weights(self) -> list:
         """The trainable weights of the kernel: of the prior and the feature
         map, and the temperature. Their names begin with `spectral_`."""
         layers = self.spectral_prior, self.feature_map, self.unit_norm
         return [w for layer in layers if layer for w in layer.trainable_weights]
 
     @property
-    def temperature(self):
+    def temperature(self) -> tf.Tensor | None:
         """What a norm of queries and keys has learned, `(heads, 1)`.
 
         `None` without one, and before the layer is built.
@@ -122,11 +125,11 @@ class LearnedKernel(keras.layers.Layer):
         )
 
     @property
-    def feature_dim(self):
+    def feature_dim(self) -> int:
         """Width of φ with what the map adds to `num_features`."""
         return self.feature_map.feature_dim(self._resolved_features())
 
-    def frequency_count(self):
+    def frequency_count(self) -> int:
         """How many frequencies there are, or what is wrong with them."""
         self.feature_map.validate(self.spectral_prior)
         num_features = self._resolved_features()
@@ -190,7 +193,7 @@ class LearnedKernel(keras.layers.Layer):
         if self.redraw == "step":
             self._redraw_seed = keras.random.SeedGenerator(redraw)
 
-    def replace_prior(self, prior):
+    def replace_prior(self, prior: SpectralPrior) -> None:
         """Puts a built prior in the place of the layer's own.
 
         Args:
@@ -204,7 +207,12 @@ class LearnedKernel(keras.layers.Layer):
         self._spectral_prior = prior
         self.num_features = prior.num_frequencies * self._feature_map.sides
 
-    def scaled(self, query, key, key_mask=None):
+    def scaled(
+        self,
+        query: tf.Tensor,
+        key: tf.Tensor,
+        key_mask: tf.Tensor | None = None,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """Heads as the kernel takes them: scaled, or normalized by `qk_norm`.
 
         Args:
@@ -220,7 +228,7 @@ class LearnedKernel(keras.layers.Layer):
         query, key, scale = self._normalized(query, key)
         return scale * query, scale * key
 
-    def bound(self):
+    def bound(self) -> Any:
         """The feature map of the stored draw, a function of `scaled` heads.
 
         Its `queries` and `keys` take and give `(batch, heads, length, dim)`;
@@ -232,7 +240,7 @@ class LearnedKernel(keras.layers.Layer):
             is_absolute=self.near_field is not None,
         )
 
-    def exact_kernel(self):
+    def exact_kernel(self) -> Any:
         """The kernel of `scaled` heads in closed form, an `ExactKernel`.
 
         `None` where no closed form is known. Needs a built layer.

@@ -1,5 +1,12 @@
 """What a layer around a `LinearAttention` shows of it."""
 
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_kt.priors import SpectralPrior
+
 
 def _of_heads(name, doc):
     """An attribute that is the `LinearAttention`'s."""
@@ -13,7 +20,7 @@ def _of_heads(name, doc):
     return property(read, write, doc=doc)
 
 
-class Kernelized:
+class Kernelized(keras.Layer):
     """Attributes and methods of the `LinearAttention` within a layer.
 
     A subclass has `heads_attention`, which returns that.
@@ -56,7 +63,7 @@ class Kernelized:
         "Shapes of the state's tensors, as a state; `None` for the batch.",
     )
 
-    def initial_state(self, batch_size):
+    def initial_state(self, batch_size: int | tf.Tensor) -> Any:
         """The state of a causal stream that has seen nothing.
 
         Args:
@@ -69,28 +76,33 @@ class Kernelized:
         """
         return self.heads_attention().initial_state(batch_size)
 
-    def scaled(self, query, key, key_mask=None):
+    def scaled(
+        self,
+        query: tf.Tensor,
+        key: tf.Tensor,
+        key_mask: tf.Tensor | None = None,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """Projected heads as the kernel takes them, float32.
 
         As `LinearAttention.scaled`.
         """
         return self.heads_attention().scaled(query, key, key_mask)
 
-    def bound(self):
+    def bound(self) -> Any:
         """The feature map of the stored draw, a function of `scaled` heads.
 
         As `LinearAttention.bound`.
         """
         return self.heads_attention().bound()
 
-    def exact_kernel(self):
+    def exact_kernel(self) -> Any:
         """The kernel of `scaled` heads in closed form, or `None`.
 
         As `LinearAttention.exact_kernel`.
         """
         return self.heads_attention().exact_kernel()
 
-    def replace_prior(self, prior):
+    def replace_prior(self, prior: SpectralPrior) -> None:
         """Puts a built prior in the place of the layer's own.
 
         As `LinearAttention.replace_prior`.

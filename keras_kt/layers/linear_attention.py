@@ -6,11 +6,13 @@ Tensors are `(batch, length, heads, dim)`.
 
 import functools
 import warnings
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_kt import _checks
+from keras_kt.features import FeatureMap
 from keras_kt.layers import kernel, route
 from keras_kt.layers.axes import (
     Folding,
@@ -21,6 +23,7 @@ from keras_kt.layers.axes import (
     shared_mask,
 )
 from keras_kt.layers.stream import HeadStream
+from keras_kt.priors import SpectralPrior
 
 _COUNT = functools.partial(_checks.integer, optional=True)
 # As in `kernel`, whose arguments are among them.
@@ -37,7 +40,7 @@ ARGUMENTS = {
 
 
 @keras.saving.register_keras_serializable(package="keras_kt")
-class LinearAttention(HeadStream, kernel.LearnedKernel):
+class LinearAttention(HeadStream):
     """Attention of projected heads with a learned kernel, in linear time.
 
     Weights of keys are k(q, k) / Σ k(q, ·) with k(x, y) = E[φ_ω(x)·φ_ω(y)], ω
@@ -45,7 +48,7 @@ class LinearAttention(HeadStream, kernel.LearnedKernel):
     project by themselves; `KernelizedAttention` is projections, masks and this.
 
     Masked keys leave by selection: their content (NaN too) has no effect.
-    Masked queries, and queries that see no key, get zeros. True keeps.
+    Masked queries, and queries that see no key, get zeros.
 
     Args:
         num_heads: number of query heads.
@@ -115,37 +118,36 @@ class LinearAttention(HeadStream, kernel.LearnedKernel):
         for.
 
     Examples:
-
-    >>> layer = keras_kt.LinearAttention(4, 8, num_key_value_heads=2)
-    >>> q, k, v = (np.ones((2, 100, heads, 8)) for heads in (4, 2, 2))
-    >>> layer(q, k, v, use_causal_mask=True).shape
-    TensorShape([2, 100, 4, 8])
-    >>> state = layer.initial_state(batch_size=2)
-    >>> output, state = layer.step(q[:, :1], k[:, :1], v[:, :1], state)
-    >>> output.shape
-    TensorShape([2, 1, 4, 8])
+        >>> layer = keras_kt.LinearAttention(4, 8, num_key_value_heads=2)
+        >>> q, k, v = (np.ones((2, 100, heads, 8)) for heads in (4, 2, 2))
+        >>> layer(q, k, v, use_causal_mask=True).shape
+        TensorShape([2, 100, 4, 8])
+        >>> state = layer.initial_state(batch_size=2)
+        >>> output, state = layer.step(q[:, :1], k[:, :1], v[:, :1], state)
+        >>> output.shape
+        TensorShape([2, 1, 4, 8])
     """
 
     def __init__(
         self,
-        num_heads,
-        key_dim,
-        value_dim=None,
-        num_key_value_heads=None,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int | None = None,
+        num_key_value_heads: int | None = None,
         *,
-        spectral_prior="normal",
-        feature_map="positive",
-        num_features=None,
-        qk_norm="auto",
-        redraw="never",
-        implementation="auto",
-        decay=None,
-        near_field=None,
-        sliding_window=None,
-        rotary_max_wavelength=None,
-        spectral_pace=4.0,
-        seed=None,
-        **kwargs,
+        spectral_prior: str | SpectralPrior = "normal",
+        feature_map: str | FeatureMap = "positive",
+        num_features: int | None = None,
+        qk_norm: str | None = "auto",
+        redraw: str = "never",
+        implementation: str = "auto",
+        decay: str | None = None,
+        near_field: int | None = None,
+        sliding_window: int | None = None,
+        rotary_max_wavelength: float | None = None,
+        spectral_pace: float = 4.0,
+        seed: int | None = None,
+        **kwargs: Any,
     ):
         super().__init__(
             spectral_prior=spectral_prior,
@@ -172,8 +174,10 @@ class LinearAttention(HeadStream, kernel.LearnedKernel):
         )
         for name, value in plain.items():
             setattr(self, name, value)
-        self.value_dim = self.value_dim or self.key_dim
-        self.num_key_value_heads = self.num_key_value_heads or self.num_heads
+        self.value_dim: int = self.value_dim or self.key_dim
+        self.num_key_value_heads: int = (
+            self.num_key_value_heads or self.num_heads
+        )
         if self.num_heads % self.num_key_value_heads:
             raise ValueError(
                 "`num_heads` must be a multiple of `num_key_value_heads`, so "
@@ -205,17 +209,17 @@ class LinearAttention(HeadStream, kernel.LearnedKernel):
 
     def call(
         self,
-        query,
-        key,
-        value,
-        query_mask=None,
-        key_mask=None,
-        attention_mask=None,
-        decay=None,
-        use_causal_mask=False,
-        return_attention_scores=False,
-        training=None,
-    ):
+        query: tf.Tensor,
+        key: tf.Tensor,
+        value: tf.Tensor,
+        query_mask: tf.Tensor | None = None,
+        key_mask: tf.Tensor | None = None,
+        attention_mask: tf.Tensor | None = None,
+        decay: tf.Tensor | None = None,
+        use_causal_mask: bool = False,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+    ) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
         query_mask = mask_of(query, query_mask)
         key_mask = both(mask_of(key, key_mask), mask_of(value))
         self._check_heads(query.shape, key.shape, value.shape)

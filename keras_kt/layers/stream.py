@@ -1,17 +1,19 @@
 """What streams of `LinearAttention`: its state, and steps on it."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from keras_kt import ops
-from keras_kt.layers import rotary, route
+from keras_kt.layers import kernel, rotary, route
 from keras_kt.layers.axes import both, mask_of, select_heads, select_rows
 from keras_kt.ops import states
 
 
-class HeadStream:
+class HeadStream(kernel.LearnedKernel):
     """`initial_state`, `state_shapes` and `step` of `LinearAttention`."""
 
-    def initial_state(self, batch_size):
+    def initial_state(self, batch_size: int | tf.Tensor) -> Any:
         """The state of a causal stream that has seen nothing.
 
         Args:
@@ -25,7 +27,7 @@ class HeadStream:
         return states.initial(self.state_shapes, batch_size)
 
     @property
-    def state_shapes(self):
+    def state_shapes(self) -> Any:
         """Shapes of the state's tensors, as a state; `None` for the batch."""
         sizes = self.num_key_value_heads, self.feature_dim, self.value_dim
         windows = self.near_field, self.sliding_window
@@ -36,14 +38,14 @@ class HeadStream:
 
     def step(
         self,
-        query,
-        key,
-        value,
-        state,
-        key_mask=None,
-        query_mask=None,
-        decay=None,
-    ):
+        query: tf.Tensor,
+        key: tf.Tensor,
+        value: tf.Tensor,
+        state: Any,
+        key_mask: tf.Tensor | None = None,
+        query_mask: tf.Tensor | None = None,
+        decay: tf.Tensor | None = None,
+    ) -> tuple[tf.Tensor, Any]:
         """Causal attention of new tokens on a state: prefill and decode.
 
         Equals `call(..., use_causal_mask=True)` on the whole sequence, however

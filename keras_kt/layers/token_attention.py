@@ -6,6 +6,7 @@ head_dim)`; other attention axes are folded into the batch or the length.
 """
 
 import warnings
+from typing import Any
 
 import tensorflow as tf
 
@@ -96,17 +97,17 @@ class TokenAttention(Kernelized, ProjectedAttention):
 
     def call(
         self,
-        query,
-        value,
-        key=None,
-        query_mask=None,
-        value_mask=None,
-        key_mask=None,
-        attention_mask=None,
-        return_attention_scores=False,
-        training=None,
-        use_causal_mask=False,
-    ):
+        query: tf.Tensor,
+        value: tf.Tensor,
+        key: tf.Tensor | None = None,
+        query_mask: tf.Tensor | None = None,
+        value_mask: tf.Tensor | None = None,
+        key_mask: tf.Tensor | None = None,
+        attention_mask: tf.Tensor | None = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+        use_causal_mask: bool = False,
+    ) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
         # Keras passes these on only where it calls, not to `layer.call`.
         query_mask = mask_of(query, query_mask)
         value_mask = mask_of(value, value_mask)
@@ -218,14 +219,14 @@ class TokenAttention(Kernelized, ProjectedAttention):
 
     def step(
         self,
-        query,
-        state,
-        value=None,
-        key=None,
-        value_mask=None,
-        query_mask=None,
-        key_mask=None,
-    ):
+        query: tf.Tensor,
+        state: Any,
+        value: tf.Tensor | None = None,
+        key: tf.Tensor | None = None,
+        value_mask: tf.Tensor | None = None,
+        query_mask: tf.Tensor | None = None,
+        key_mask: tf.Tensor | None = None,
+    ) -> tuple[tf.Tensor, Any]:
         """Causal attention of new tokens on a state: prefill and decode.
 
         Equals `call(..., use_causal_mask=True)` on the whole sequence, however

@@ -5,7 +5,7 @@ Arguments have the names that KerasHub's `TransformerEncoder` and
 `KernelizedAttention` (`spectral_prior`, `feature_map`, …) are taken as well.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -22,6 +22,13 @@ class DecoderState(NamedTuple):
         attention: `AttentionState` of the self-attention.
         context: `(batch, local_context - 1, width)`, the last inputs of the
             local context; of length 0 without one.
+
+    Examples:
+        >>> block = keras_kt.KernelizedTransformerDecoder(64, num_heads=4)
+        >>> block.build((None, None, 32))
+        >>> state = block.initial_state(batch_size=2)
+        >>> type(state).__name__, type(state.attention).__name__
+        ('DecoderState', 'AttentionState')
     """
 
     attention: states.AttentionState
@@ -67,20 +74,23 @@ class KernelizedTransformerEncoder(TransformerBlock):
         `(batch, length, width)`.
 
     Examples:
-
-    >>> block = keras_kt.KernelizedTransformerEncoder(
-    ...     64, num_heads=4, spectral_prior="mixture", normalize_first=True
-    ... )
-    >>> block(np.zeros((2, 50, 32), "float32")).shape
-    TensorShape([2, 50, 32])
+        >>> block = keras_kt.KernelizedTransformerEncoder(
+        ...     64, num_heads=4, spectral_prior="mixture", normalize_first=True
+        ... )
+        >>> block(np.zeros((2, 50, 32), "float32")).shape
+        TensorShape([2, 50, 32])
     """
 
     def build(self, inputs_shape):
         self._build_block(inputs_shape[-1])
 
     def call(
-        self, inputs, padding_mask=None, attention_mask=None, training=None
-    ):
+        self,
+        inputs: tf.Tensor,
+        padding_mask: tf.Tensor | None = None,
+        attention_mask: tf.Tensor | None = None,
+        training: bool | None = None,
+    ) -> tf.Tensor:
         mask = mask_of(inputs, padding_mask)
 
         def attend(x):
@@ -140,14 +150,13 @@ class KernelizedTransformerDecoder(TransformerBlock):
         `(batch, length, width)`.
 
     Examples:
-
-    >>> block = keras_kt.KernelizedTransformerDecoder(64, num_heads=4)
-    >>> x = np.zeros((2, 50, 32), "float32")
-    >>> block(x).shape
-    TensorShape([2, 50, 32])
-    >>> output, state = block.step(x[:, :1], block.initial_state(2))
-    >>> output.shape
-    TensorShape([2, 1, 32])
+        >>> block = keras_kt.KernelizedTransformerDecoder(64, num_heads=4)
+        >>> x = np.zeros((2, 50, 32), "float32")
+        >>> block(x).shape
+        TensorShape([2, 50, 32])
+        >>> output, state = block.step(x[:, :1], block.initial_state(2))
+        >>> output.shape
+        TensorShape([2, 1, 32])
     """
 
     is_causal = True
@@ -161,12 +170,12 @@ class KernelizedTransformerDecoder(TransformerBlock):
 
     def call(
         self,
-        decoder_sequence,
-        encoder_sequence=None,
-        decoder_padding_mask=None,
-        encoder_padding_mask=None,
-        training=None,
-    ):
+        decoder_sequence: tf.Tensor,
+        encoder_sequence: tf.Tensor | None = None,
+        decoder_padding_mask: tf.Tensor | None = None,
+        encoder_padding_mask: tf.Tensor | None = None,
+        training: bool | None = None,
+    ) -> tf.Tensor:
         mask = mask_of(decoder_sequence, decoder_padding_mask)
 
         def attend(x):
@@ -211,7 +220,7 @@ class KernelizedTransformerDecoder(TransformerBlock):
             training,
         )
 
-    def initial_state(self, batch_size):
+    def initial_state(self, batch_size: int | tf.Tensor) -> DecoderState:
         """The state of a stream that has seen nothing.
 
         Args:
@@ -234,7 +243,7 @@ class KernelizedTransformerDecoder(TransformerBlock):
             )
 
     @property
-    def state_shapes(self):
+    def state_shapes(self) -> DecoderState:
         """Shapes of the state's tensors, as a state; `None` for the batch."""
         length = 0 if self.local_context is None else self.local_context - 1
         return DecoderState(
@@ -243,12 +252,12 @@ class KernelizedTransformerDecoder(TransformerBlock):
 
     def step(
         self,
-        decoder_sequence,
-        state,
-        encoder_sequence=None,
-        encoder_padding_mask=None,
-        decoder_padding_mask=None,
-    ):
+        decoder_sequence: tf.Tensor,
+        state: Any,
+        encoder_sequence: tf.Tensor | None = None,
+        encoder_padding_mask: tf.Tensor | None = None,
+        decoder_padding_mask: tf.Tensor | None = None,
+    ) -> tuple[tf.Tensor, DecoderState]:
         """What the call gives for the next tokens of a stream.
 
         Args:

@@ -23,6 +23,11 @@ class AttentionState(NamedTuple):
             log-feature (unused for signed features).
         sums: `(batch, heads, value_dim + 1, feature_dim)`, Σ v φ(k)ᵀ relative
             to `maximum`, and Σ φ(k) in the last row.
+
+    Examples:
+        >>> state = keras_kt.KernelizedAttention(4, 8).initial_state(2)
+        >>> type(state).__name__, state.sums.shape
+        ('AttentionState', TensorShape([2, 4, 9, 16]))
     """
 
     maximum: tf.Tensor
@@ -36,6 +41,12 @@ class NearFieldState(NamedTuple):
         far: the `AttentionState` of the tokens that have left the window.
         key, value, decay: `(batch, window, heads, dim)`, the last tokens.
         keep: `(batch, window)`, 1 where one of them is seen.
+
+    Examples:
+        >>> layer = keras_kt.KernelizedAttention(4, 8, near_field=64)
+        >>> state = layer.initial_state(batch_size=2)
+        >>> type(state).__name__, state.key.shape
+        ('NearFieldState', TensorShape([2, 64, 4, 8]))
     """
 
     far: AttentionState
@@ -51,6 +62,12 @@ class WindowState(NamedTuple):
     Attributes:
         key, value, decay: `(batch, window, heads, dim)`, the last tokens.
         keep: `(batch, window)`, 1 where one of them is seen.
+
+    Examples:
+        >>> layer = keras_kt.KernelizedAttention(4, 8, sliding_window=64)
+        >>> state = layer.initial_state(batch_size=2)
+        >>> type(state).__name__, state.key.shape
+        ('WindowState', TensorShape([2, 64, 4, 8]))
     """
 
     key: tf.Tensor
@@ -66,6 +83,14 @@ class RotaryState(NamedTuple):
         attention: the state of its attention.
         position: `(batch,)`, the place of the next token: how many were seen.
             Float32, as all of a state; it counts up to 2²⁴ of them.
+
+    Examples:
+        >>> x = np.random.normal(size=(2, 3, 32)).astype("float32")
+        >>> layer = keras_kt.KernelizedAttention(
+        ...     4, 8, rotary_max_wavelength=10_000)
+        >>> _, state = layer.step(x, layer.initial_state(batch_size=2))
+        >>> type(state).__name__, state.position.numpy().tolist()
+        ('RotaryState', [3.0, 3.0])
     """
 
     attention: AttentionState | NearFieldState | WindowState
@@ -135,10 +160,10 @@ def window_state_shapes(
     num_heads: int, value_dim: int, head_dim: int, window: int
 ) -> WindowState:
     """Shapes of the state's tensors, `None` for the batch."""
-    return WindowState(
-        *((None, window, num_heads, dim) for dim in (head_dim, value_dim, 1)),
-        (None, window),
+    key, value, decay = (
+        (None, window, num_heads, dim) for dim in (head_dim, value_dim, 1)
     )
+    return WindowState(key, value, decay, (None, window))
 
 
 def zeros(shapes, batch_size):

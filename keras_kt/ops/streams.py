@@ -4,11 +4,14 @@ A state is any nest of tensors, the batch their first axis: that of a layer, of
 a model, or a dict of named tensors as a server sends it.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
 
-def gather_state(state, indices):
+def gather_state(state: Any, indices: Any) -> Any:
     """The streams of a state at `indices`, in that order.
 
     A state is a value: what is gathered forks it, and the one before is there
@@ -24,11 +27,10 @@ def gather_state(state, indices):
         The same nest of tensors `(new_batch, …)`.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
-    >>> state = layer.initial_state(batch_size=2)
-    >>> keras_kt.gather_state(state, [0, 0, 1]).maximum.shape[0]
-    3
+        >>> layer = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
+        >>> state = layer.initial_state(batch_size=2)
+        >>> keras_kt.gather_state(state, [0, 0, 1]).maximum.shape[0]
+        3
     """
     state = _tensors(state)
     batch = _batch(state)
@@ -58,7 +60,7 @@ def gather_state(state, indices):
     return tf.nest.map_structure(lambda x: tf.gather(x, indices), state)
 
 
-def stack_states(states):
+def stack_states(states: Sequence) -> Any:
     """One state of all streams of several, in their order.
 
     Args:
@@ -69,11 +71,10 @@ def stack_states(states):
         The same nest of tensors, joined along the batch.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
-    >>> states = [layer.initial_state(2), layer.initial_state(3)]
-    >>> keras_kt.stack_states(states).maximum.shape[0]
-    5
+        >>> layer = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
+        >>> states = [layer.initial_state(2), layer.initial_state(3)]
+        >>> keras_kt.stack_states(states).maximum.shape[0]
+        5
     """
     if not isinstance(states, (list, tuple)) or hasattr(states, "_fields"):
         raise ValueError(
@@ -98,7 +99,7 @@ def stack_states(states):
     return tf.nest.map_structure(lambda *x: tf.concat(x, 0), *states)
 
 
-def unstack_states(state, sizes=None):
+def unstack_states(state: Any, sizes: Sequence[int] | None = None) -> list:
     """The states of the streams of one, apart: what `stack_states` joined.
 
     Args:
@@ -111,14 +112,13 @@ def unstack_states(state, sizes=None):
         A list of such nests.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
-    >>> state = layer.initial_state(5)
-    >>> len(keras_kt.unstack_states(state))
-    5
-    >>> first, rest = keras_kt.unstack_states(state, [2, 3])
-    >>> rest.maximum.shape[0]
-    3
+        >>> layer = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
+        >>> state = layer.initial_state(5)
+        >>> len(keras_kt.unstack_states(state))
+        5
+        >>> first, rest = keras_kt.unstack_states(state, [2, 3])
+        >>> rest.maximum.shape[0]
+        3
     """
     state = _tensors(state)
     batch = _batch(state)

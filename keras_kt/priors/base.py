@@ -10,7 +10,8 @@ same law as a `tensorflow_probability` object.
 
 import math
 import random
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -36,6 +37,12 @@ class Frequencies(NamedTuple):
             components will do.
         key_offsets: like `offsets`, where keys have frequencies of their own,
             whose covariances are then given; else `None`.
+
+    Examples:
+        >>> omega = tf.random.normal((4, 16, 8))
+        >>> frequencies = keras_kt.Frequencies.of_samples(omega)
+        >>> frequencies.offsets.shape, frequencies.log_weights.shape
+        (TensorShape([4, 16, 8]), TensorShape([4, 1]))
     """
 
     offsets: tf.Tensor
@@ -45,7 +52,9 @@ class Frequencies(NamedTuple):
     key_offsets: tf.Tensor | None = None
 
     @classmethod
-    def of_samples(cls, omega: tf.Tensor, of_keys=None) -> "Frequencies":
+    def of_samples(
+        cls, omega: tf.Tensor, of_keys: tf.Tensor | None = None
+    ) -> "Frequencies":
         """Equally likely frequencies, whose moments are those of the draw.
 
         Their center is zero. For laws whose own moments are not known: the
@@ -86,9 +95,23 @@ class SpectralPrior(Recipe):
         seed: integer seed of the stored draw. Defaults to `None`, which means
             the seed of the layer that owns the prior.
         **kwargs: `pace`, as in the layer's `spectral_pace`; `name`.
+
+    Examples:
+        >>> class Lengths(keras_kt.SpectralPrior):
+        ...     def build_parameters(self):
+        ...         self.length = self.add_parameter("length", (1,), "ones")
+        ...     def draw(self, seed):
+        ...         shape = self.num_heads, self.num_frequencies, self.head_dim
+        ...         return tf.random.stateless_normal(shape, seed)
+        ...     def frequencies(self, noise):
+        ...         length = self.for_heads(self.length)[..., tf.newaxis]
+        ...         return keras_kt.Frequencies.of_samples(length * noise)
+        >>> layer = keras_kt.KernelizedAttention(2, 8, spectral_prior=Lengths())
+        >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+        TensorShape([1, 4, 3])
     """
 
-    inherited = (
+    inherited: tuple[str, ...] = (
         *Recipe.inherited,
         "per_head",
         "kl_weight",
@@ -109,11 +132,11 @@ class SpectralPrior(Recipe):
     def __init__(
         self,
         *,
-        per_head=True,
-        kl_weight=0.0,
-        scale_spread=1.0,
-        seed=None,
-        **kwargs,
+        per_head: bool = True,
+        kl_weight: float = 0.0,
+        scale_spread: float = 1.0,
+        seed: int | None = None,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.per_head = _checks.boolean("per_head", per_head)
@@ -131,7 +154,7 @@ class SpectralPrior(Recipe):
         self.seed = _checks.integer("seed", seed, minimum=None, optional=True)
 
     @property
-    def num_components(self):
+    def num_components(self) -> int:
         return 1
 
     def describe(self) -> str:
@@ -190,7 +213,7 @@ class SpectralPrior(Recipe):
         with tf.init_scope():
             return self.draw(_seed_pair(seed)).numpy()
 
-    def resample(self, seed=None) -> None:
+    def resample(self, seed: Any = None) -> None:
         """Replaces the stored draw of base noise.
 
         Args:
@@ -207,7 +230,7 @@ class SpectralPrior(Recipe):
             self._initial_noise(_new_seed() if seed is None else seed)
         )
 
-    def call(self, seed=None):
+    def call(self, seed: tf.Tensor | None = None) -> tf.Tensor:
         """Returns `Frequencies` from the stored draw, or a fresh one.
 
         Args:
@@ -238,7 +261,7 @@ class SpectralPrior(Recipe):
         """Maps base noise to frequencies, differentiably."""
         raise NotImplementedError
 
-    def distribution(self):
+    def distribution(self) -> Any:
         """The prior as a live TFP distribution of the current weights.
 
         Batch shape `(heads,)`, event shape `(head_dim,)`.
@@ -250,8 +273,14 @@ class SpectralPrior(Recipe):
         raise NotImplementedError
 
     def add_parameter(
-        self, name, shape, initializer, regularizer=None, *, is_paced=False
-    ):
+        self,
+        name: str,
+        shape: Sequence[int],
+        initializer: Any,
+        regularizer: Any = None,
+        *,
+        is_paced: bool = False,
+    ) -> keras.Variable:
         """A weight with a leading axis of heads (1 if heads share).
 
         Its name is `spectral_` and `name`, by which an optimizer can tell it
@@ -267,7 +296,7 @@ class SpectralPrior(Recipe):
             is_paced=is_paced,
         )
 
-    def for_heads(self, weight) -> tf.Tensor:
+    def for_heads(self, weight: keras.Variable) -> tf.Tensor:
         """A parameter of every head, `(heads, …)`, shared or not."""
         value = self.value_of(weight)
         if self.per_head:
@@ -281,7 +310,7 @@ class SpectralPrior(Recipe):
         places = np.linspace(-0.5, 0.5, self.num_heads)
         return (self.scale_spread**places).astype("float32")
 
-    def require_built(self):
+    def require_built(self) -> None:
         """Raises a `ValueError` that tells where the built prior is."""
         if not self.built:
             raise ValueError(

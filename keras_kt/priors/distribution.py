@@ -1,5 +1,8 @@
 """Any TFP distribution as a spectral prior."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -45,29 +48,28 @@ class DistributionPrior(SpectralPrior):
     they estimate the kernel of the symmetrised one.
 
     Examples:
-
-    >>> @keras.saving.register_keras_serializable("my_project")
-    ... def laplace(parameters):
-    ...     scale = tf.nn.softplus(parameters["scale"])
-    ...     return tfd.Independent(tfd.Laplace(parameters["loc"], scale), 1)
-    >>> prior = keras_kt.DistributionPrior(
-    ...     laplace, {"loc": "zeros", "scale": "ones"})
-    >>> layer = keras_kt.KernelizedAttention(
-    ...     2, 4, spectral_prior=prior, feature_map="trigonometric")
-    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
-    TensorShape([1, 4, 3])
+        >>> @keras.saving.register_keras_serializable("my_project")
+        ... def laplace(parameters):
+        ...     scale = tf.nn.softplus(parameters["scale"])
+        ...     return tfd.Independent(tfd.Laplace(parameters["loc"], scale), 1)
+        >>> prior = keras_kt.DistributionPrior(
+        ...     laplace, {"loc": "zeros", "scale": "ones"})
+        >>> layer = keras_kt.KernelizedAttention(
+        ...     2, 4, spectral_prior=prior, feature_map="trigonometric")
+        >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+        TensorShape([1, 4, 3])
     """
 
     has_known_law = True
 
     def __init__(
         self,
-        distribution_fn,
-        parameters,
+        distribution_fn: Callable,
+        parameters: dict,
         *,
-        has_moment_generating_function=None,
-        parameter_regularizer=None,
-        **kwargs,
+        has_moment_generating_function: bool | None = None,
+        parameter_regularizer: Any = None,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         if self.scale_spread > 1.0:
@@ -96,13 +98,15 @@ class DistributionPrior(SpectralPrior):
             parameter_regularizer
         )
 
-    def copy(self, **changes):
+    def copy(self, **changes: Any) -> Any:
         return super().copy(
             **{"has_moment_generating_function": self._declared_mgf, **changes}
         )
 
     @property
-    def has_moment_generating_function(self):
+    def has_moment_generating_function(  # type: ignore[override]
+        self,
+    ) -> bool:
         if self._declared_mgf is not None:
             return self._declared_mgf
         if not self.built:
@@ -111,7 +115,7 @@ class DistributionPrior(SpectralPrior):
 
         return reparameterization.has_entire_mgf(self.distribution())
 
-    def build_parameters(self):
+    def build_parameters(self) -> None:
         self._parameter_weights = {}
         for name, (shape, initializer) in self.parameters.items():
             sizes = [self.head_dim if s == "head_dim" else s for s in shape]
@@ -138,13 +142,13 @@ class DistributionPrior(SpectralPrior):
             self._noise_shape = self.num_heads, components, rows, size
             law_checks.check_training(self)
 
-    def draw(self, seed):
+    def draw(self, seed: tf.Tensor) -> tf.Tensor:
         return base_noise.uniform(self._noise_shape, seed)
 
-    def frequencies(self, noise):
+    def frequencies(self, noise: tf.Tensor) -> Frequencies:
         return self.frequencies_of(self.distribution(), noise)
 
-    def frequencies_of(self, law, noise: tf.Tensor) -> Frequencies:
+    def frequencies_of(self, law: Any, noise: tf.Tensor) -> Frequencies:
         """The `Frequencies` that noise gives under a distribution."""
         from keras_kt.priors import reparameterization
 
@@ -168,10 +172,10 @@ class DistributionPrior(SpectralPrior):
             samples, moments, log_probabilities, self.num_frequencies
         )
 
-    def describe(self):
+    def describe(self) -> str:
         return f"{super().describe()} of {self.distribution().name}"
 
-    def distribution(self):
+    def distribution(self) -> Any:
         return self.distribution_fn(self.parameter_values())
 
     def parameter_values(self) -> dict:
@@ -183,7 +187,7 @@ class DistributionPrior(SpectralPrior):
             for name, weight in self._parameter_weights.items()
         }
 
-    def kl_divergence(self):
+    def kl_divergence(self) -> tf.Tensor:
         from tensorflow_probability import distributions as tfd
 
         law = self.distribution()

@@ -1,5 +1,7 @@
 """Frequencies that are weights themselves: a law of point masses."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -28,26 +30,25 @@ class EmpiricalPrior(SpectralPrior):
         **kwargs: as in `SpectralPrior`.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(
-    ...     2, 8, spectral_prior=keras_kt.EmpiricalPrior(), num_features=32)
-    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
-    TensorShape([1, 4, 3])
-    >>> layer.spectral_prior.points.shape
-    TensorShape([2, 16, 8])
+        >>> layer = keras_kt.KernelizedAttention(
+        ...     2, 8, spectral_prior=keras_kt.EmpiricalPrior(), num_features=32)
+        >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+        TensorShape([1, 4, 3])
+        >>> layer.spectral_prior.points.shape
+        TensorShape([2, 16, 8])
     """
 
     has_draw = False
 
     def __init__(
         self,
-        initial_scale=1.0,
+        initial_scale: float = 1.0,
         *,
-        tied=True,
-        coupling="orthogonal",
-        radius="fixed",
-        regularizer=None,
-        **kwargs,
+        tied: bool = True,
+        coupling: str = "orthogonal",
+        radius: str = "fixed",
+        regularizer: Any = None,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         if self.kl_weight:
@@ -62,7 +63,7 @@ class EmpiricalPrior(SpectralPrior):
         self.radius = _checks.choice("radius", radius, base_noise.RADII)
         self.regularizer = keras.regularizers.get(regularizer)
 
-    def build_parameters(self):
+    def build_parameters(self) -> None:
         points = self._initial_noise(self._draw_seed)
         scales = self.initial_scale * self.head_scales()
         points = points * scales[:, None, None]
@@ -85,7 +86,7 @@ class EmpiricalPrior(SpectralPrior):
         self.require_built()
         return self.for_heads(self._points)
 
-    def draw(self, seed):
+    def draw(self, seed: tf.Tensor) -> tf.Tensor:
         """The points that it starts at, in standard units."""
         heads = self.num_heads if self.per_head else 1
         return base_noise.draw(
@@ -95,11 +96,11 @@ class EmpiricalPrior(SpectralPrior):
             radius=self.radius,
         )
 
-    def frequencies(self, noise=None):
+    def frequencies(self, noise: tf.Tensor | None = None) -> Frequencies:
         of_keys = None if self.tied else self.for_heads(self._key_points)
         return Frequencies.of_samples(self.points, of_keys)
 
-    def distribution(self):
+    def distribution(self) -> Any:
         """The uniform distribution over the points, `tfd.Empirical`."""
         self.require_built()
         if not self.tied:

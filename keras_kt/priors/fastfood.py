@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
@@ -32,16 +33,15 @@ class FastFoodPrior(SpectralPrior):
         Le, Sarlós, Smola, "Fastfood", ICML 2013; arXiv 2110.08323, section 3.2.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(
-    ...     2, 8, spectral_prior=keras_kt.FastFoodPrior())
-    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
-    TensorShape([1, 4, 3])
+        >>> layer = keras_kt.KernelizedAttention(
+        ...     2, 8, spectral_prior=keras_kt.FastFoodPrior())
+        >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+        TensorShape([1, 4, 3])
     """
 
     has_known_law = True
 
-    def __init__(self, *, diagonal_regularizer=None, **kwargs):
+    def __init__(self, *, diagonal_regularizer: Any = None, **kwargs: Any):
         super().__init__(**kwargs)
         if self.kl_weight:
             raise ValueError(no_density("kl_weight", "FastFoodPrior"))
@@ -52,10 +52,10 @@ class FastFoodPrior(SpectralPrior):
         """The power of two that `head_dim` is padded to."""
         return 1 << (head_dim - 1).bit_length()
 
-    def block_size(self, head_dim):
+    def block_size(self, head_dim: int) -> int:
         return self.padded_dim(head_dim)
 
-    def build_parameters(self):
+    def build_parameters(self) -> None:
         size = self.padded_dim(self.head_dim)
         if size != self.head_dim:
             warnings.warn(
@@ -90,13 +90,13 @@ class FastFoodPrior(SpectralPrior):
             )
         )
 
-    def draw(self, seed):
+    def draw(self, seed: tf.Tensor) -> tf.Tensor:
         size = self.padded_dim(self.head_dim)
         # Heads that share the diagonals still have permutations of their own.
         keys = base_noise.uniform((self.num_heads, self._blocks, size), seed)
         return tf.argsort(keys, axis=-1)
 
-    def frequencies(self, noise):
+    def frequencies(self, noise: tf.Tensor) -> Frequencies:
         size = self.padded_dim(self.head_dim)
         hadamard = tf.constant(_hadamard(size))
         s, g, b = (self.for_heads(w) for w in (self._s, self._g, self._b))
@@ -112,7 +112,7 @@ class FastFoodPrior(SpectralPrior):
             matrix[:, : self.num_frequencies, : self.head_dim]
         )
 
-    def distribution(self):
+    def distribution(self) -> Any:
         """The uniform distribution over the frequencies themselves."""
         self.require_built()
         from tensorflow_probability import distributions as tfd

@@ -1,10 +1,13 @@
 """Gaussian priors: one Gaussian per head, and a mixture of them."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from numpy.typing import ArrayLike
 
 from keras_kt import _checks
 from keras_kt.priors import base_noise
@@ -26,15 +29,15 @@ class GaussianPrior(SpectralPrior):
     def __init__(
         self,
         *,
-        initial_scale,
-        covariance,
-        use_mean,
-        coupling,
-        radius,
-        mean_initializer,
-        mean_regularizer,
-        scale_regularizer,
-        **kwargs,
+        initial_scale: float | Sequence[float],
+        covariance: str,
+        use_mean: bool,
+        coupling: str,
+        radius: str,
+        mean_initializer: Any,
+        mean_regularizer: Any,
+        scale_regularizer: Any,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         scales = _checks.floats("initial_scale", initial_scale)
@@ -55,7 +58,7 @@ class GaussianPrior(SpectralPrior):
         self.mean_regularizer = keras.regularizers.get(mean_regularizer)
         self.scale_regularizer = keras.regularizers.get(scale_regularizer)
 
-    def build_parameters(self):
+    def build_parameters(self) -> None:
         components, dim = self.num_components, self.head_dim
         if self.use_mean:
             self._mean = self.add_parameter(
@@ -95,7 +98,7 @@ class GaussianPrior(SpectralPrior):
             )
         return self.for_heads(self._mean)
 
-    def assign_mean(self, mean) -> None:
+    def assign_mean(self, mean: ArrayLike) -> None:
         """Sets the component means, for a prior with `use_mean`.
 
         Args:
@@ -123,7 +126,7 @@ class GaussianPrior(SpectralPrior):
         self.require_built()
         return tf.zeros((self.num_heads, 1))
 
-    def draw(self, seed):
+    def draw(self, seed: tf.Tensor) -> tf.Tensor:
         components, dim = self.num_components, self.head_dim
         per_component = self.num_frequencies // components
         noise = base_noise.draw(
@@ -134,7 +137,7 @@ class GaussianPrior(SpectralPrior):
         )
         return tf.reshape(noise, (self.num_heads, self.num_frequencies, dim))
 
-    def frequencies(self, noise):
+    def frequencies(self, noise: tf.Tensor) -> Frequencies:
         components, dim = self.num_components, self.head_dim
         per_component = self.num_frequencies // components
         scale = self.scale
@@ -161,7 +164,7 @@ class GaussianPrior(SpectralPrior):
             return tfd.MultivariateNormalTriL(self.mean, scale_tril=self.scale)
         return tfd.MultivariateNormalDiag(self.mean, scale_diag=self.scale)
 
-    def kl_divergence(self):
+    def kl_divergence(self) -> tf.Tensor:
         """KL(prior ‖ N(0, I)) of each head, `(heads,)`.
 
         For a mixture this is the upper bound Σ π_c KL(component c ‖ N(0, I)),
@@ -218,28 +221,27 @@ class NormalPrior(GaussianPrior):
         **kwargs: as in `SpectralPrior`.
 
     Examples:
-
-    >>> layer = keras_kt.KernelizedAttention(
-    ...     2, 8, spectral_prior=keras_kt.NormalPrior(covariance="full"))
-    >>> x = np.random.normal(size=(1, 16, 32))
-    >>> layer(x, x).shape
-    TensorShape([1, 16, 32])
-    >>> layer.spectral_prior.distribution().event_shape
-    TensorShape([8])
+        >>> layer = keras_kt.KernelizedAttention(
+        ...     2, 8, spectral_prior=keras_kt.NormalPrior(covariance="full"))
+        >>> x = np.random.normal(size=(1, 16, 32))
+        >>> layer(x, x).shape
+        TensorShape([1, 16, 32])
+        >>> layer.spectral_prior.distribution().event_shape
+        TensorShape([8])
     """
 
     def __init__(
         self,
-        initial_scale=1.0,
-        covariance="diagonal",
+        initial_scale: float | Sequence[float] = 1.0,
+        covariance: str = "diagonal",
         *,
-        use_mean=False,
-        coupling="orthogonal",
-        radius="fixed",
-        mean_initializer="zeros",
-        mean_regularizer=None,
-        scale_regularizer=None,
-        **kwargs,
+        use_mean: bool = False,
+        coupling: str = "orthogonal",
+        radius: str = "fixed",
+        mean_initializer: Any = "zeros",
+        mean_regularizer: Any = None,
+        scale_regularizer: Any = None,
+        **kwargs: Any,
     ):
         super().__init__(
             initial_scale=initial_scale,
@@ -253,7 +255,7 @@ class NormalPrior(GaussianPrior):
             **kwargs,
         )
 
-    def distribution(self):
+    def distribution(self) -> Any:
         components = self._components()
         return components[:, 0]
 
@@ -278,27 +280,26 @@ class MixturePrior(GaussianPrior):
         **kwargs: as in `SpectralPrior`.
 
     Examples:
-
-    >>> prior = keras_kt.MixturePrior(num_components=2)
-    >>> layer = keras_kt.KernelizedAttention(2, 8, spectral_prior=prior)
-    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
-    TensorShape([1, 4, 3])
+        >>> prior = keras_kt.MixturePrior(num_components=2)
+        >>> layer = keras_kt.KernelizedAttention(2, 8, spectral_prior=prior)
+        >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+        TensorShape([1, 4, 3])
     """
 
     def __init__(
         self,
-        num_components=2,
-        initial_scale=None,
-        covariance="diagonal",
+        num_components: int = 2,
+        initial_scale: float | Sequence[float] | None = None,
+        covariance: str = "diagonal",
         *,
-        use_mean=False,
-        coupling="orthogonal",
-        radius="fixed",
-        mean_initializer="zeros",
-        mean_regularizer=None,
-        scale_regularizer=None,
-        logits_regularizer=None,
-        **kwargs,
+        use_mean: bool = False,
+        coupling: str = "orthogonal",
+        radius: str = "fixed",
+        mean_initializer: Any = "zeros",
+        mean_regularizer: Any = None,
+        scale_regularizer: Any = None,
+        logits_regularizer: Any = None,
+        **kwargs: Any,
     ):
         count = _checks.integer("num_components", num_components)
         self._num_components = count
@@ -319,10 +320,10 @@ class MixturePrior(GaussianPrior):
         self.logits_regularizer = keras.regularizers.get(logits_regularizer)
 
     @property
-    def num_components(self):
+    def num_components(self) -> int:
         return self._num_components
 
-    def build_parameters(self):
+    def build_parameters(self) -> None:
         super().build_parameters()
         self._logits = self.add_parameter(
             "logits",
@@ -333,11 +334,11 @@ class MixturePrior(GaussianPrior):
         )
 
     @property
-    def log_probabilities(self):
+    def log_probabilities(self) -> tf.Tensor:
         self.require_built()
         return tf.nn.log_softmax(self.for_heads(self._logits))
 
-    def distribution(self):
+    def distribution(self) -> Any:
         from tensorflow_probability import distributions as tfd
 
         return tfd.MixtureSameFamily(

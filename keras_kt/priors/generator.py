@@ -1,5 +1,8 @@
 """Frequencies from a learned generator network."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -47,23 +50,22 @@ class GeneratorPrior(SpectralPrior):
         arXiv 2110.08323, section 3.3; Li et al., "Implicit kernel learning".
 
     Examples:
-
-    >>> prior = keras_kt.GeneratorPrior(hidden_units=(32,))
-    >>> layer = keras_kt.KernelizedAttention(2, 8, spectral_prior=prior)
-    >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
-    TensorShape([1, 4, 3])
+        >>> prior = keras_kt.GeneratorPrior(hidden_units=(32,))
+        >>> layer = keras_kt.KernelizedAttention(2, 8, spectral_prior=prior)
+        >>> layer(np.ones((1, 4, 3)), np.ones((1, 4, 3))).shape
+        TensorShape([1, 4, 3])
     """
 
     def __init__(
         self,
-        hidden_units=None,
+        hidden_units: Sequence[int] | None = None,
         *,
-        activation="tanh",
-        noise_dim=None,
-        coupling="iid",
-        kernel_initializer="glorot_uniform",
-        kernel_regularizer=None,
-        **kwargs,
+        activation: Any = "tanh",
+        noise_dim: int | None = None,
+        coupling: str = "iid",
+        kernel_initializer: Any = "glorot_uniform",
+        kernel_regularizer: Any = None,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         if self.kl_weight:
@@ -81,7 +83,7 @@ class GeneratorPrior(SpectralPrior):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
 
-    def build_parameters(self):
+    def build_parameters(self) -> None:
         # The network's weights are many and small, as a projection's are, and
         # learn at the pace of those; the scale learns at the kernel's.
         hidden = self.hidden_units
@@ -112,7 +114,7 @@ class GeneratorPrior(SpectralPrior):
             is_paced=True,
         )
 
-    def draw(self, seed):
+    def draw(self, seed: tf.Tensor) -> tf.Tensor:
         shape = (
             self.num_heads,
             self.num_frequencies,
@@ -135,10 +137,10 @@ class GeneratorPrior(SpectralPrior):
             hidden *= tf.math.rsqrt(power + 1e-6)
         return self.for_heads(self._scale)[:, tf.newaxis] * tf.tanh(hidden)
 
-    def frequencies(self, noise):
+    def frequencies(self, noise: tf.Tensor) -> Frequencies:
         return Frequencies.of_samples(self.generate(noise))
 
-    def distribution(self):
+    def distribution(self) -> Any:
         """A distribution that samples; its density has no closed form."""
         self.require_built()
         from keras_kt.priors.generator_law import GeneratorLaw

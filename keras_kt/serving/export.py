@@ -20,17 +20,17 @@ from keras_kt.streaming import stream_of
 
 
 def export_saved_model(
-    model,
-    path,
+    model: keras.Model,
+    path: str | os.PathLike,
     *,
-    input_signature=None,
-    streaming=False,
-    signatures=None,
-    warmup=None,
-    version=None,
-    overwrite=False,
-    jit_compile=False,
-):
+    input_signature: list | None = None,
+    streaming: bool = False,
+    signatures: dict | None = None,
+    warmup: list | dict | None = None,
+    version: int | None = None,
+    overwrite: bool = False,
+    jit_compile: bool = False,
+) -> str:
     """Writes a built model as a SavedModel for TensorFlow Serving.
 
     The endpoint `serve`, also `serving_default`, is the model's inference. Its
@@ -105,16 +105,15 @@ def export_saved_model(
         ImportError: if `warmup` is given without tensorflow-serving-api.
 
     Examples:
-
-    >>> import tempfile
-    >>> x = keras.Input((None, 32), name="x")
-    >>> attention = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
-    >>> model = keras.Model(x, {"y": attention(x, x)})
-    >>> folder = keras_kt.export_saved_model(model, tempfile.mkdtemp())
-    >>> served = tf.saved_model.load(folder)
-    >>> serve = served.signatures["serve"]
-    >>> serve(x=tf.ones((2, 100, 32)))["y"].shape
-    TensorShape([2, 100, 32])
+        >>> import tempfile
+        >>> x = keras.Input((None, 32), name="x")
+        >>> attention = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
+        >>> model = keras.Model(x, {"y": attention(x, x)})
+        >>> folder = keras_kt.export_saved_model(model, tempfile.mkdtemp())
+        >>> served = tf.saved_model.load(folder)
+        >>> serve = served.signatures["serve"]
+        >>> serve(x=tf.ones((2, 100, 32)))["y"].shape
+        TensorShape([2, 100, 32])
     """
     _check_model(model)
     path = os.fspath(path)

@@ -29,7 +29,7 @@ class TokenwiseCall:
     needs_position = False
     # Shapes of the state's tensors without the batch. Empty: no state. `None`:
     # the layer's own, which it checks itself.
-    shapes = ()
+    shapes: tuple | None = ()
     # Whether some of the new tokens can be padding.
     takes_mask = True
 

@@ -106,7 +106,8 @@ class _Reader:
             for layer in model.layers:
                 x = call(layer, x)
             return x
-        outputs = model._run_through_graph(inputs, call_fn=call)
+        # Keras 3.8 has no default for the second.
+        outputs = model._run_through_graph(inputs, lambda x: x, call_fn=call)
         if isinstance(outputs, (list, tuple)) and len(outputs) == 1:
             return outputs[0]
         return outputs

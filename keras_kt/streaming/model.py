@@ -1,12 +1,15 @@
 """`streaming_model`: a functional model streams as it is."""
 
+from typing import Any
+
 import keras
+import tensorflow as tf
 
 from keras_kt.streaming import protocol
 from keras_kt.streaming.stream import stream_of
 
 
-def streaming_model(model):
+def streaming_model(model: keras.Model) -> Any:
     """A model with `initial_state` and `step`, from one trained with `fit`.
 
     The graph of a functional or Sequential model is followed, models within it
@@ -44,18 +47,17 @@ def streaming_model(model):
             moves the axis of tokens), its place in the graph, and a way out.
 
     Examples:
-
-    >>> tokens = keras.Input((None,), dtype="int32")
-    >>> x = keras.layers.Embedding(100, 32)(tokens)
-    >>> x = keras.layers.Conv1D(32, 5, padding="causal")(x)
-    >>> attention = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
-    >>> x = x + attention(x, x, use_causal_mask=True)
-    >>> model = keras.Model(tokens, keras.layers.Dense(100)(x))
-    >>> stream = keras_kt.streaming_model(model)
-    >>> state = stream.initial_state(batch_size=1)
-    >>> logits, state = stream.step([[1, 2, 3]], state)
-    >>> logits.shape
-    TensorShape([1, 3, 100])
+        >>> tokens = keras.Input((None,), dtype="int32")
+        >>> x = keras.layers.Embedding(100, 32)(tokens)
+        >>> x = keras.layers.Conv1D(32, 5, padding="causal")(x)
+        >>> attention = keras_kt.KernelizedAttention(num_heads=4, key_dim=8)
+        >>> x = x + attention(x, x, use_causal_mask=True)
+        >>> model = keras.Model(tokens, keras.layers.Dense(100)(x))
+        >>> stream = keras_kt.streaming_model(model)
+        >>> state = stream.initial_state(batch_size=1)
+        >>> logits, state = stream.step([[1, 2, 3]], state)
+        >>> logits.shape
+        TensorShape([1, 3, 100])
     """
     if not protocol.missing_methods(model):
         return model
@@ -84,7 +86,7 @@ class StreamingModel(keras.Model):
         return self.model.input
 
     @property
-    def takes_mask(self):
+    def takes_mask(self) -> bool:
         """Whether `step` takes a mask: each layer in the model has to."""
         return self._stream.takes_mask
 
@@ -94,7 +96,7 @@ class StreamingModel(keras.Model):
     def compute_output_shape(self, input_shape):
         return self.model.compute_output_shape(input_shape)
 
-    def initial_state(self, batch_size):
+    def initial_state(self, batch_size: int | tf.Tensor) -> Any:
         """The state of streams that have seen nothing.
 
         Args:
@@ -105,7 +107,9 @@ class StreamingModel(keras.Model):
         """
         return self._stream.initial_state(batch_size)
 
-    def step(self, tokens, state, mask=None):
+    def step(
+        self, tokens: tf.Tensor, state: Any, mask: tf.Tensor | None = None
+    ) -> tuple[Any, Any]:
         """What the call gives for the next tokens of its streams.
 
         Args:

@@ -14,7 +14,7 @@ from keras_kt.streaming.stretch import Stretch, move_back
 
 # Streams of functional models, with the layers that they were made of. They
 # hold layers and not the model.
-_STREAMS = weakref.WeakKeyDictionary()
+_STREAMS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 # What counts the tokens in a state; no layer has such a name.
 _POSITION = "/position"
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
+# What examples import beside the package.
+SHARED = ("__init__", "common", "progress")
 SIZES = (
     "--blocks 1 --width 8 --heads 2 --key-dim 4 --hidden 8 --batch-size 4 "
     "--steps 2 --no-xla --validations 1 --validation-examples 4 "
@@ -24,7 +26,12 @@ def script(name):
 
 
 def example(name):
-    """An example as a module; it imports nothing of the others."""
+    """An example as a module, or one of those that they share."""
+    if str(EXAMPLES) not in sys.path:
+        # As for a script that is started.
+        sys.path.insert(0, str(EXAMPLES))
+    if name in SHARED:
+        return importlib.import_module(name)
     path = EXAMPLES / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"example_{name}", path)
     module = importlib.util.module_from_spec(spec)

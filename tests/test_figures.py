@@ -1,0 +1,419 @@
+"""Numbers in README and on pages are those that results/ holds.
+
+A claim is a text with the numbers that results/ gives. It has to stand on its
+page, and a number there that no claim has, and that is not listed as one that
+rests on no measurement, fails too. So a new figure needs a line here, which
+says what it was read from. Pages of studies are in `test_figures_of_studies`.
+"""
+
+import inspect
+import re
+
+import pytest
+
+import keras_kt
+from experiments import records
+from tests.helpers import figures
+from tests.helpers.figures import (
+    decode,
+    mean,
+    memory,
+    milliseconds,
+    number,
+    record,
+    stage,
+)
+from tests.helpers.pages import ROOT
+
+PAPER = ("GMM", "FastFood", "Generator")
+MENDED = [f"mended:{name}-{kind}" for name in PAPER for kind in ("RKS", "PRF")]
+
+
+def layer_times(length):
+    return [
+        milliseconds("layer", length, column)
+        for column in ("ours", "softmax", "ours causal", "softmax causal")
+    ]
+
+
+def times_as_fast(row):
+    return float(row["softmax_milliseconds"]) / float(
+        row["linear_milliseconds"]
+    )
+
+
+def language(column, attention="normal:positive", flags=""):
+    return mean("experiments", attention, flags, column, task="language")
+
+
+def look_up(attention, key_dim):
+    flags = "--num-features 128"
+    return mean("narrow_heads", attention, flags, key_dim=key_dim)
+
+
+def of_conversion(task):
+    (row,) = (r for r in figures.table("convert/runs.csv") if r["task"] == task)
+    return row
+
+
+CALIBRATION_STEPS = (
+    inspect.signature(keras_kt.conversion.calibrate).parameters["steps"].default
+)
+
+
+def claims_of_readme():
+    arguments = record("attention.json")["arguments"]
+    yield (
+        f"{arguments['heads']} heads of {arguments['head_dim']}, "
+        f"{arguments['features']} features a head, float32, two cores of a "
+        f"CPU, {arguments['tokens']:,} tokens in each batch and 8,192 in the "
+        "last one, version 0.1"
+    )
+    for length in (256, 512, 1024, 4096, 8192):
+        cells = " | ".join(map(number, layer_times(length)))
+        yield f"| {length:,} | {cells} |"
+    ours, softmax = (memory(name, 8192) for name in ("ours", "softmax"))
+    yield (
+        f"At 8,192 tokens attention of 8 heads of 64 takes {ours / 2**20:.0f} "
+        f"MiB in a training step, and softmax {softmax / 2**20:,.0f} MiB."
+    )
+    token = {f"{1e3 * decode('ours', at)['median']:.1f}" for at in (100, 10**6)}
+    yield (
+        f"A token takes {token.pop()} ms at position 100 and at position "
+        f"1,000,000, with {decode('ours', 100)['bytes'] / 2**10:.0f} KiB of "
+        "state. On a cache of keys and values it takes "
+        f"{1e3 * decode('cache', 16384)['median']:.0f} ms at position 16,384."
+    )
+    assert not token
+    yield (
+        "1 to 256 among 256 (the third picture: three seeds, 128 features a "
+        "head). With heads of 4 a learned kernel has an accuracy of "
+        f"{look_up('normal:trigonometric', 4):.2f} where the same kernel kept "
+        f"fixed has {look_up('fixed:trigonometric', 4):.2f}; with heads of 8 "
+        f"it has {look_up('normal:trigonometric', 8):.2f} where the fixed "
+        "kernel of Performer, a well-known linear attention, has "
+        f"{look_up('fixed:positive', 32):.2f} with heads of 32. Softmax has "
+        f"{mean('sparsity', 'softmax', key_dim=32):.2f} with heads of 32"
+    )
+    before, _, _ = stage("classifier", "softmax")
+    after, _, seconds = stage("classifier", "calibrated")
+    assert before == after
+    yield (
+        f"keeps its accuracy of {after:.4f} after `convert_attention` and "
+        f"`calibrate`, which takes {CALIBRATION_STEPS} gradient steps on one "
+        f"batch ({seconds:.0f} seconds), and is "
+        f"{times_as_fast(of_conversion('classifier')):.0f} times as fast at "
+        f"{int(of_conversion('classifier')['speed_tokens']):,} tokens."
+    )
+    run = of_conversion("lm")
+    yield (
+        f"whose nearest {run['near_field']} bytes are still attended to "
+        "exactly, goes from "
+        f"{stage('lm', 'softmax')[0]:.3f} bits per byte to "
+        f"{stage('lm', 'calibrated')[0]:.3f} by the same steps, and to "
+        f"{stage('lm', 'fine-tuned')[0]:.3f} after {run['distill_steps']} "
+        f"batches of distillation and {int(run['steps']) // 5} steps of "
+        "training. The softmax model was not trained for as many steps more"
+    )
+
+
+def claims_of_limits():
+    ours, softmax, _, _ = layer_times(256)
+    more, most, _, _ = layer_times(512)
+    _, _, causal, causal_softmax = layer_times(256)
+    _, _, later, later_softmax = layer_times(384)
+    yield (
+        f"With heads of 64 (the table) a layer trains {softmax / ours:.1f} "
+        f"times as fast as `MultiHeadAttention` at 256 tokens and "
+        f"{most / more:.1f} times at 512; a causal one takes "
+        f"{causal / causal_softmax:.2f} times as long as the causal "
+        f"`MultiHeadAttention` at 256, and {later / later_softmax:.2f} times "
+        "at 384."
+    )
+    (run,) = figures.runs("experiments", "softmax", task="language")
+    assert (run["heads"], run["key_dim"], run["length"]) == ("4", "32", "512")
+    step = "milliseconds_per_step"
+    yield (
+        "a language model of 512 bytes with four heads of 32 took "
+        f"{language(step):.0f} ms a step, with `decay` "
+        f"{language(step, flags='--decay constant'):,.0f}, and with softmax "
+        f"{language(step, 'softmax'):.0f}"
+    )
+    best = max(figures.sparsest("sparsity", name) for name in MENDED)
+    exact = figures.sparsest("sparsity", "softmax")
+    yield (
+        "Where one token among 256 has to be found, the best of the paper's "
+        f"systems, mended, is right in {best:.3f} of the cases with 128 "
+        f"features, and softmax in {exact:.3f}"
+    )
+
+
+def claims_of_converting():
+    rows = {
+        (row["model"], row["position"]): row
+        for row in record("streams/hub_decode.json")["rows"]
+    }
+    times = (
+        rows["original", 16384]["milliseconds"]
+        / rows["converted", 16384]["milliseconds"]
+    )
+    yield f"({times:.0f} times as fast at 16,384 tokens)"
+    classifier, lm = map(of_conversion, ("classifier", "lm"))
+    assert classifier["seed"] == lm["seed"] == "0"
+    yield (
+        f"{int(lm['steps']):,} steps of {lm['batch_size']} sequences of "
+        f"{lm['words']} tokens), converts them at D = {lm['features']}"
+    )
+    yield f"One seed, {int(lm['test_examples']):,} test reviews"
+    for name, known in (
+        ("softmax", "softmax"),
+        ("plain orthogonal features", "plain orthogonal features"),
+        ("`convert_attention`", "converted"),
+        (f"`calibrate`, {lm['batch_size']} sequences", "calibrated"),
+        (f"`distill`, {lm['distill_steps']} batches of 8", "distilled"),
+        (f"`fit`, {int(lm['steps']) // 5} steps", "fine-tuned"),
+    ):
+        accuracy, errors, _ = stage("classifier", known)
+        bits, bit_errors, _ = stage("lm", known)
+        cells = [f"{accuracy:.4f}", ", ".join(errors)]
+        cells += [f"{bits:.3f}", ", ".join(bit_errors)]
+        yield f"| {name} | {' | '.join(cells)} |".replace("|  |", "| |")
+    seconds = [stage(task, "calibrated")[2] for task in ("classifier", "lm")]
+    yield (
+        f"{CALIBRATION_STEPS} gradient steps of the coordinates of queries and "
+        f"keys on one batch ({seconds[0]:.0f} seconds for the classifier, "
+        f"{seconds[1]:.0f} for the language model)"
+    )
+    yield (
+        f"Its {stage('lm', 'fine-tuned')[0]:.3f} bits after `fit` are no gain "
+        f"over softmax's {stage('lm', 'softmax')[0]:.3f}: the softmax model "
+        f"was not trained for those {int(lm['steps']) // 5} steps more."
+    )
+    pairs = [
+        f"({float(row['linear_milliseconds']):.0f} and "
+        f"{float(row['softmax_milliseconds']):.0f} ms"
+        for row in (classifier, lm)
+    ]
+    yield (
+        f"On one sequence of {int(lm['speed_tokens']):,} tokens the classifier "
+        f"is {times_as_fast(classifier):.0f} times as fast as the softmax "
+        f"model {pairs[0]}, one thread of a busy machine), the language model "
+        f"with its near field {times_as_fast(lm):.0f} times {pairs[1]})."
+    )
+    first, last = records.numbers(lm["byte_milliseconds"])
+    yield (
+        f"A byte of a stream takes {first:.1f} ms after 100 bytes and "
+        f"{last:.1f} ms after 4,096."
+    )
+
+
+def claims_of_benchmarks():
+    rows = {
+        (row["tau"], row["num_features"], row["method"]): float(row["median"])
+        for row in figures.table("approximation.csv")
+    }
+    for name, method in (
+        ("iid positive features", "iid"),
+        ("Performer's orthogonal features", "Performer (orthogonal)"),
+        (
+            "default: two-sided, orthogonal, fixed radius",
+            "default (two-sided, fixed radius)",
+        ),
+        ("uniform attention", "uniform"),
+    ):
+        small, large = (rows["0.5", d, method] for d in ("128", "256"))
+        yield f"| {name} | {small:.3f} | {large:.3f} |"
+    for level, columns in (
+        ("layer", ("ours", "ours causal", "softmax", "Model Garden")),
+        ("core", ("ours", "ours causal", "softmax", "floor")),
+    ):
+        for length in (256, 384, 512, 1024, 4096, 8192, 65536):
+            times = [milliseconds(level, length, name) for name in columns]
+            yield f"| {length:,} | {' | '.join(map(number, times))} |"
+    hub = record("streams/hub_decode.json")
+    for position in hub["positions"]:
+        cells = [
+            f"{row['milliseconds']:.1f}, {mebibytes(row['cache_bytes'])} MiB"
+            for row in hub["rows"]
+            if row["position"] == position
+        ]
+        yield f"| {position:,} | {' | '.join(cells)} |"
+    stream = record("streams/long_stream.json")
+    assert stream["restart_equals"] and stream["tokens"] == 10**6
+    yield (
+        f"the state has {stream['state_bytes']:,} bytes throughout, the last "
+        f"calls take {stream['last_by_first']:.2f} of the time of the first"
+    )
+    window = record("streams/window.json")["rows"]
+    for tokens in (16384, 65536):
+        cells = [f"{r['ratio']:.2f}" for r in window if r["tokens"] == tokens]
+        yield f"| {tokens:,} | {' | '.join(cells)} |"
+    growth = [
+        f"{late['window ms'] / early['window ms']:.1f}"
+        for early, late in zip(window[:4], window[4:], strict=True)
+    ]
+    yield (
+        f"take the window {growth[0]} and {growth[1]} times as long forward, "
+        f"{growth[2]} and {growth[3]} with the gradient"
+    )
+    tensors = record("memory.json")["memory"][-1]["tensors"]
+    ratios = [
+        f"{memory(column, 65536, xla) / tensors:.2f}"
+        for column in ("ours", "ours causal")
+        for xla in (True, False)
+    ]
+    peaks = [memory("ours", 2**n) for n in range(13, 17)]
+    for early, late in zip(peaks, peaks[1:], strict=False):
+        assert abs(late / early / 2 - 1) <= 0.1
+    softmax = memory("softmax", 8192) / (tensors / 8)
+    yield (
+        "(from 8,192 on, doubling it doubles it within 10 %) and is "
+        f"{ratios[0]} times the bytes of q, k, v, output and their gradients "
+        f"at 65,536 tokens under XLA, {ratios[1]} without; causal {ratios[2]} "
+        f"and {ratios[3]}. Softmax takes {softmax:.0f} times those bytes at "
+        "8,192"
+    )
+    token = {f"{1e3 * decode('ours', at)['median']:.1f}" for at in (100, 10**6)}
+    early, late = decode("cache", 100), decode("cache", 16384)
+    yield (
+        f"One token of a stream takes {token.pop()} ms in the layer at "
+        "position 100 and at position 1,000,000, with a state of "
+        f"{decode('ours', 100)['bytes'] / 2**10:.0f} KiB; on a key-value cache "
+        f"of the same size it takes {1e3 * early['median']:.1f} ms at position "
+        f"100 and {1e3 * late['median']:.0f} ms at 16,384, with "
+        f"{late['bytes'] / 2**20:.0f} MiB."
+    )
+    assert not token
+    compiled = [
+        compile_seconds(column, length, mode)
+        for column in ("ours", "ours causal")
+        for length in (1024, 65536)
+        for mode in ("forward", "forward+backward")
+    ]
+    yield (
+        "A layer compiles under XLA in {:.1f} s (forward) and {:.1f} s "
+        "(training) at 1,024 tokens, {:.1f} s and {:.1f} s at 65,536; causal "
+        "ones in {:.1f} s and {:.1f} s, {:.1f} s and {:.1f} s"
+    ).format(*compiled)
+    for row in record("tracing_seconds.json")["rows"]:
+        times = [
+            f"{row[kind]['cpu']:.1f} ({row[kind]['wall']:.1f})"
+            for kind in ("trace", "first", "compile")
+        ]
+        yield (
+            f"| {row['row']} | {row['blocks']} | {row['operations']:,} "
+            f"| {' | '.join(times)} |"
+        )
+
+
+def mebibytes(count):
+    count /= 2**20
+    return f"{count:.0f}" if count > 10 else f"{count:.1f}"
+
+
+def compile_seconds(column, length, mode):
+    (row,) = (
+        row
+        for row in record("attention.json")["timings"]
+        if (row["level"], row["column"]) == ("layer", column)
+        and (row["length"], row["mode"]) == (length, mode)
+        and row["xla"]
+    )
+    return row["first_call"] - row["median"]
+
+
+def claims_of_tpu():
+    programs = record("tpu.json")["programs"]["rows"]
+    seconds = [row["compile_seconds"] for row in programs]
+    assert all("temporary_bytes" in row for row in programs)
+    yield (
+        f"All {len(programs)} compile: five priors (a `DistributionPrior` "
+        "among them) × two maps × float32 and `mixed_bfloat16`"
+    )
+    yield (
+        f"at 512 tokens, in {min(seconds):.1f} to {max(seconds):.0f} s each on "
+        "two busy cores"
+    )
+    rows = record("tpu.json")["lengths"]["rows"]
+    for name, attention, form in (
+        ("`MultiHeadAttention`", "softmax", "bidirectional"),
+        ("ours", "normal positive", "bidirectional"),
+        ("`MultiHeadAttention`, causal", "softmax", "causal"),
+        ("ours, causal", "normal positive", "causal"),
+    ):
+        found = {
+            row["length"]: row
+            for row in rows
+            if (row["attention"], row["form"]) == (attention, form)
+            and (row["policy"], row["program"]) == ("float32", "train")
+        }
+        cells = []
+        for length in (8192, 32768, 131072, 524288):
+            size = found[length].get("temporary_bytes")
+            text = "refused" if size is None else f"{size / 2**20:,.0f}"
+            flops = found[length]["counted_flops"]
+            cells.append(f"{text}; {flops / 1e9:,.0f}")
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+# Numbers of a page that rest on no measurement: sizes and settings.
+OTHERS = {
+    "docs/tpu.md": [
+        "Keras 3's `fit` fails (keras #20585)",
+        # Bounds that tests of these names hold.
+        "Over 20 steps on two logical CPUs the losses differ from those of one "
+        "device by at most 5e-7 and the weights by 2e-7",
+        "more than 0.01 in ω·x",
+        "batch 1, 4 heads of 64, 128 features",
+        "A v5e has 15.75 GiB",
+        "| tokens | 8,192 | 32,768 | 131,072 | 524,288 |",
+    ],
+    "README.md": [
+        "Attention for Keras 3 on TensorFlow",
+        "arXiv 2110.08323",
+        "scripts of at most 150 lines",
+        "less than some 500 tokens",
+    ],
+    "docs/limits.md": ["below some 500 tokens take it"],
+    "docs/converting.md": [
+        "Mistral, Mixtral, Gemma, Gemma 3, Qwen",
+        "(two blocks of width 64, 4 heads of 16,",
+    ],
+    "docs/benchmarks.md": [
+        "head_dim 64, median of 8 seeds",
+        r"| \|q\|² = \|k\|² = 0.5 | D = 128 | D = 256 |",
+        "8 heads of 64, 128 features, float32, 2 cores (AMD EPYC); batch × "
+        "length = 4,096, beyond that batch 1",
+        "of inputs 512 wide",
+        "memory are version 0.1's",
+        "(4 blocks, 4 heads of 64, float32, batch 1)",
+        "medians of 7 turns",
+        "four heads of 8 in compiled calls of 1,000 single tokens, 10⁶ in all, "
+        "with a near field of 16",
+        "a restart from the state at 500,000",
+        "sliding window of 256 tokens",
+        "8 heads of 64, 128 features, batch 1",
+        "medians of 3",
+        "at 2 × 1,024 tokens",
+    ],
+}
+CLAIMS = {
+    "docs/tpu.md": claims_of_tpu,
+    "README.md": claims_of_readme,
+    "docs/limits.md": claims_of_limits,
+    "docs/converting.md": claims_of_converting,
+    "docs/benchmarks.md": claims_of_benchmarks,
+}
+
+
+@pytest.mark.parametrize("page", CLAIMS)
+def test_figures_are_those_of_the_results(page):
+    left = figures.unclaimed(page, list(CLAIMS[page]()), OTHERS[page])
+    assert not left, f"{page}: no claim has {left}"
+
+
+def test_no_page_installs_from_an_index():
+    """`pip install 'keras_kt[plot]'` stood there, which no index has."""
+    for page in (*CLAIMS, "docs/experiments.md", "docs/migration.md"):
+        text = (ROOT / page).read_text()
+        assert not re.search(r"pip install '?keras_kt", text), page
