@@ -17,7 +17,7 @@ def draw(name, model, calibration, inputs, args):
     try:
         import matplotlib
     except ImportError:
-        print("No pictures: they need `pip install keras_kt[plot]`.")
+        print("No pictures: they need `pip install matplotlib`.")
         return
     matplotlib.use("Agg")
     # A near field alone would show softmax itself.

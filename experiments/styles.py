@@ -23,10 +23,12 @@ METHODS = {
     "generator": ("#D55E00", "D"),
     "empirical": ("#CC79A7", "P"),
     "rbf": ("#E69F00", "h"),
+    "gmm": ("#882255", "<"),
 }
-# Systems of the paper have the color of their prior.
+# Systems of the paper have the color of their prior. GMM is as released one
+# Gaussian a head with a mean, so neither "normal" nor "mixture".
 SYSTEMS = {
-    "GMM": "mixture",
+    "GMM": "gmm",
     "FastFood": "fastfood",
     "Generator": "generator",
     "Performer": "fixed",

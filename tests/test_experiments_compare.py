@@ -168,7 +168,7 @@ def test_a_method_has_one_color_in_all_pictures():
     """Performer was grey, violet and black, softmax black, grey and brown."""
     of = script("styles").of
     assert of("GMM-RKS") == of("mended-GMM-RKS")
-    assert of("mixture:trigonometric") == of("GMM-RKS")
+    assert of("generator:trigonometric") == of("Generator-RKS")
     assert of("fixed:positive") == of("Performer")
     colors = [of(f"{name}:self")["color"] for name in script("styles").METHODS]
     assert len(set(colors)) == len(colors)
