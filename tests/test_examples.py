@@ -8,6 +8,7 @@ import time
 import keras
 import numpy as np
 import pytest
+from keras.src.utils import file_utils
 
 import keras_kt
 from tests.helpers import toys
@@ -354,7 +355,7 @@ def test_reviews_come_by_keras_where_the_folder_has_none(
     common = example("common")
     with tarfile.open(tmp_path / "reviews.tar.gz", "w:gz") as archive:
         archive.add(reviews, "aclImdb")
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(file_utils.config, "keras_home", lambda: tmp_path)
     monkeypatch.setattr(
         common, "REVIEWS", (tmp_path / "reviews.tar.gz").as_uri()
     )

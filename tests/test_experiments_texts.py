@@ -1,5 +1,8 @@
 """The pure parts of the sparsity study and of the experiments on text."""
 
+import argparse
+import importlib
+import sys
 import tarfile
 import zipfile
 
@@ -225,3 +228,37 @@ def test_streamed_language_model_gives_the_calls_logits():
     rest, _ = model.step(tokens[:, 4:], state)
     streamed = np.concatenate([first, rest], axis=1)
     np.testing.assert_allclose(streamed, model(tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["text", "sst2"])
+def test_missing_tensorflow_text_says_what_to_install(task, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_text", None)
+    for name in ("text", "glue", "pretraining", "wordpieces"):
+        monkeypatch.delitem(sys.modules, f"experiments.{name}", False)
+    monkeypatch.setattr(sys, "argv", ["experiments", task])
+    with pytest.raises(SystemExit, match=r"pip install -e '.\[text\]'"):
+        importlib.import_module("experiments.__main__").main()
+
+
+def test_progress_says_how_far_a_run_is_between_its_points(capsys):
+    preset = argparse.Namespace(steps=6)
+    args = argparse.Namespace(checkpoints=None, preset=preset, validations=2)
+    progress = script("progress").Progress(
+        args, "title", lambda: 0.5, "accuracy", interval=0.0
+    )
+    for number in range(1, 7):
+        progress.after_step(number, float(number))
+    lines = capsys.readouterr().out.splitlines()
+    starts = [line[: line.index("  loss")] for line in lines]
+    assert starts == [
+        "step      1 of 6",
+        "step      2 of 6",
+        "step      3",
+        "step      4 of 6",
+        "step      5 of 6",
+        "step      6",
+    ]
+    assert all("validation" in lines[i] for i in (2, 5))
+    progress.interval = 1000.0
+    progress.after_step(7, 7.0)
+    assert not capsys.readouterr().out

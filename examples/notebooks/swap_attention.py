@@ -115,8 +115,9 @@ for number, weight in enumerate(attention.weights):
     print(f"{name:52s} {tuple(weight.shape)!s:14s} {'same' if same else ''}")
 
 # %% [markdown]
-# What it need not hold in memory: the matrix of weights of both heads, for
-# every example.
+# What it need not hold in memory, for each example: the matrix of weights of
+# both heads. In its place it has sums over all keys, whose size is that of the
+# features and not of the length.
 
 # %%
 heads, features, value_dim = 2, attention.num_features, 16

@@ -113,8 +113,8 @@ for weight in layer.trainable_weights:
 # ## Training, and watching
 #
 # `SpectralMonitor` is a callback that keeps the kernel at some distances, and
-# writes it to TensorBoard. We also keep the whole profile of the kernel every
-# few epochs.
+# writes it to TensorBoard. We also keep the whole profile of the kernel, at
+# each epoch.
 
 # %%
 distances = np.linspace(0.0, 6.0, 61)
