@@ -1,0 +1,23 @@
+"""The table of docs/serving.md, from what was measured."""
+
+HEAD = (
+    *("", "requests/s", "50 %, ms", "90 %, ms", "99 %, ms"),
+    *("requests a run", "sent again", "largest error"),
+)
+
+
+def table(record):
+    """Markdown: a row for each model that was served."""
+    rows = [HEAD, ["---"] * len(HEAD)]
+    for model, row in record["models"].items():
+        rows.append(
+            [
+                f"`{model}`",
+                f"{row['per_second']:.0f}",
+                *(f"{x:.0f}" for x in row["milliseconds"].values()),
+                f"{row['requests_in_a_run']:.1f}",
+                str(row["sent_again"]),
+                f"{row['largest_error']:.0e}".replace("e-0", "e-"),
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
