@@ -43,7 +43,9 @@ def network(args, is_causal):
         attention = keras_kt.KernelizedAttention(
             args.heads, args.width // args.heads
         )
-        x = x + attention(x, x, use_causal_mask=is_causal)
+        y = attention(x, x, use_causal_mask=is_causal)
+        # Not `x + y`, which has no mask: the mean would be that of padding too.
+        x = keras.layers.Add()([x, y])
         x = keras.layers.LayerNormalization()(x)
     if is_causal:
         return keras.Model(tokens, keras.layers.Dense(VOCABULARY)(x))
@@ -158,6 +160,7 @@ def main(argv=None):
     add("--heads", type=int, default=4)
     add("--port", type=int, help="of HTTP (default: a free one)")
     add("--output", type=Path, default="results/serving/triton.json")
+    add("--page", type=Path, help="where the table goes, docs/serving.md")
     args = parser.parse_args(argv)
     # Raised inside Keras's EinsumDense where the length is dynamic.
     warnings.filterwarnings("ignore", ".*jit_compile.*")
@@ -170,8 +173,9 @@ def main(argv=None):
         f"{found['seconds_without_server']:.1f} of {found['seconds']:.1f} s"
     )
     modules = keras, tf, pytriton, keras_kt
+    elsewhere = "output", "page", "port"
     record = {
-        **{k: v for k, v in vars(args).items() if k not in ("output", "port")},
+        **{k: v for k, v in vars(args).items() if k not in elsewhere},
         # Of the last minute, that of whatever else ran included.
         "load": os.getloadavg()[0],
         "device": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -180,6 +184,8 @@ def main(argv=None):
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(record, indent=1) + "\n")
+    if args.page:
+        report.write(record, args.page)
     return record
 
 

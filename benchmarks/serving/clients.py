@@ -57,10 +57,10 @@ class Client:
         # Of each request: model, seconds, how often sent, error of the answer.
         self.answered, self.streams = [], 0
 
-    def run(self, end):
-        """Asks until a time of `time.monotonic`, and ends what it began."""
+    def run(self, is_over):
+        """Asks until an event, and ends what it began."""
         try:
-            while time.monotonic() < end:
+            while not is_over.is_set():
                 ask = (self.classify, self.stream)[self.random.integers(2)]
                 ask()
         except Exception as error:
@@ -152,20 +152,24 @@ class Client:
 
 
 def run(clients, seconds, meanwhile):
-    """Runs all clients, and in the middle something else.
+    """Runs all clients for some time; half-way, which lasts, something else.
 
     Returns:
         Seconds until the last answer.
     """
-    start = time.monotonic()
+    start, is_over = time.monotonic(), threading.Event()
     threads = [
-        threading.Thread(target=client.run, args=(start + seconds,))
+        threading.Thread(target=client.run, args=(is_over,))
         for client in clients
     ]
     for thread in threads:
         thread.start()
-    time.sleep(0.5 * seconds)
-    meanwhile()
+    try:
+        time.sleep(0.5 * seconds)
+        meanwhile()
+        time.sleep(0.5 * seconds)
+    finally:
+        is_over.set()
     for thread in threads:
         thread.join()
     return time.monotonic() - start

@@ -1,5 +1,8 @@
 """The table of docs/serving.md, from what was measured."""
 
+import re
+
+PLACE = re.compile(r"(<!-- triton -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 HEAD = (
     *("", "requests/s", "50 %, ms", "90 %, ms", "99 %, ms"),
     *("requests a run", "sent again", "largest error"),
@@ -21,3 +24,9 @@ def table(record):
             ]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def write(record, page):
+    """Puts the table of a record in its place on a page."""
+    text = page.read_text()
+    page.write_text(PLACE.sub(rf"\g<1>{table(record)}\n\g<3>", text))
