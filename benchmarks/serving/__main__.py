@@ -107,7 +107,7 @@ def measure(args, folder):
         if client.error is not None:
             raise client.error
     return {
-        "seconds": seconds,
+        "seconds_in_all": seconds,
         "seconds_without_server": gap[0],
         "streams": sum(x.streams for x in asking),
         "models": summary(asking, counts, seconds - gap[0]),
@@ -170,7 +170,7 @@ def main(argv=None):
     print(report.table(found))
     print(
         f"{found['streams']} streams; without a server for "
-        f"{found['seconds_without_server']:.1f} of {found['seconds']:.1f} s"
+        f"{found['seconds_without_server']:.1f} of {found['seconds_in_all']:.1f} s"
     )
     modules = keras, tf, pytriton, keras_kt
     elsewhere = "output", "page", "port"
