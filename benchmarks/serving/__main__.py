@@ -168,9 +168,10 @@ def main(argv=None):
     with tempfile.TemporaryDirectory(prefix="kt") as folder:
         found = measure(args, folder)
     print(report.table(found))
+    gap, seconds = found["seconds_without_server"], found["seconds_in_all"]
     print(
-        f"{found['streams']} streams; without a server for "
-        f"{found['seconds_without_server']:.1f} of {found['seconds_in_all']:.1f} s"
+        f"{found['streams']} streams; without a server for {gap:.1f} of "
+        f"{seconds:.1f} s"
     )
     modules = keras, tf, pytriton, keras_kt
     elsewhere = "output", "page", "port"
