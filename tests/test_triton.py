@@ -24,7 +24,10 @@ def test_nothing_is_wrong_and_nothing_lost(tmp_path):
     assert json.loads(output.read_text()) == record
     rows = record["models"].values()
     assert len(rows) == 4 and all(row["requests"] > 0 for row in rows)
-    assert all(row["largest_error"] < 1e-5 for row in rows)
+    errors = [row["largest_error"] for row in rows]
+    # What a stream begins with is compared by what follows from it.
+    assert errors.count(None) == 1
+    assert all(error is None or error < 1e-5 for error in errors)
     assert any(row["sent_again"] for row in rows), "it was killed unnoticed"
     assert any(row["requests_in_a_run"] > 1.0 for row in rows)
     assert record["streams"] >= 8

@@ -135,7 +135,9 @@ def summary(asking, counts, seconds):
             ),
             "requests_in_a_run": float(requests / max(runs, 1)),
             "sent_again": sum(x[2] > 1 for x in answered),
-            "largest_error": max(x[3] for x in answered),
+            "largest_error": max(
+                (x[3] for x in answered if x[3] is not None), default=None
+            ),
         }
     return rows
 

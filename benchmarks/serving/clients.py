@@ -54,7 +54,8 @@ class Client:
         self.pad, self.patience = pad, patience
         self.random = np.random.default_rng(seed)
         self.connection, self.error = None, None
-        # Of each request: model, seconds, how often sent, error of the answer.
+        # Of each request: model, seconds, how often sent, and the error of the
+        # answer, `None` where it is not compared.
         self.answered, self.streams = [], 0
 
     def run(self, is_over):
@@ -126,7 +127,7 @@ class Client:
                 self._close()
                 time.sleep(0.1)
         seconds = time.monotonic() - start
-        error = 0.0
+        error = None
         if difference is not None:
             error = float(np.abs(difference(answer)).max())
         self.answered.append((model, seconds, tries, error))

@@ -13,14 +13,15 @@ def table(record):
     """Markdown: a row for each model that was served."""
     rows = [HEAD, ["---"] * len(HEAD)]
     for model, row in record["models"].items():
+        error = row["largest_error"]
         rows.append(
             [
-                f"`{model}`",
+                model,
                 f"{row['per_second']:.0f}",
                 *(f"{x:.0f}" for x in row["milliseconds"].values()),
                 f"{row['requests_in_a_run']:.1f}",
                 str(row["sent_again"]),
-                f"{row['largest_error']:.0e}".replace("e-0", "e-"),
+                "" if error is None else f"{error:.0e}".replace("e-0", "e-"),
             ]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
