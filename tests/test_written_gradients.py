@@ -116,7 +116,7 @@ def test_gradient_is_saved(tmp_path):
     ],
 )
 def test_a_traced_graph_dies_with_its_function(arguments):
-    """It did not: TensorFlow's table of gradients held 7 MB of each trace."""
+    """It did not: TensorFlow's table of gradients held each."""
     layer = keras_kt.KernelizedAttention(2, 3, **arguments)
     function = tf.function(lambda x: layer(x, x, use_causal_mask=True))
     x = tf.ones((2, 7, 6))
