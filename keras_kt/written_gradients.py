@@ -6,17 +6,24 @@ of others, of which it warns that they "will likely fail", and those in loops
 and branches do fail. So only the outermost is left to `tf.custom_gradient`: the
 computation that it covers needs none inside, and `pullback` applies the inner
 ones by hand.
+
+It also registers each gradient that it traces for good, and with it the graph
+whose tensors that uses. Here the graph owns the gradient, and what is
+registered finds it there.
 """
 
 import contextlib
 import contextvars
 import functools
+import weakref
 
 import tensorflow as tf
 
 # What a written gradient does: `None` is what `tf.custom_gradient` does.
 _MODE = contextvars.ContextVar("keras_kt_written_gradients", default=None)
 _PLAIN = object()
+# Of a graph's collection; no string, so that nothing tries to write it.
+_GRADIENTS = object()
 
 
 def written_gradient(function):
@@ -34,8 +41,10 @@ def written_gradient(function):
     @functools.wraps(function)
     def call(*tensors):
         mode = _MODE.get()
-        if mode is None:
+        if mode is None and tf.executing_eagerly():
             return tf.custom_gradient(outermost)(*tensors)
+        if mode is None:
+            return _traced(outermost, tensors)
         if mode is _PLAIN:
             return function(*tensors)[0]
         return mode.apply(outermost, tensors)
@@ -89,6 +98,26 @@ def pullback(function, wanted, upstream):
         tf.zeros_like(x) if g is None else g
         for x, g in zip(wanted, total, strict=True)
     ]
+
+
+def _traced(function, tensors):
+    """`tf.custom_gradient` in a graph, which dies with its last user."""
+    structure = None
+    # TensorFlow keeps this list, of which it then needs the length alone.
+    registered = []
+
+    @tf.custom_gradient
+    def flat(*tensors):
+        nonlocal structure
+        structure, gradient = function(*tensors)
+        registered.extend(tf.nest.flatten(structure))
+        registered[0].graph.add_to_collection(_GRADIENTS, gradient)
+        find = weakref.ref(gradient)
+        return registered, lambda *upstream: find()(*upstream)
+
+    results = flat(*tensors)
+    registered[:] = [None] * len(results)
+    return tf.nest.pack_sequence_as(structure, results)
 
 
 class _Inner:
