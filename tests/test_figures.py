@@ -23,7 +23,7 @@ from tests.helpers.figures import (
     record,
     stage,
 )
-from tests.helpers.pages import PAGES, ROOT
+from tests.helpers.pages import PAGES
 
 PAPER = ("GMM", "FastFood", "Generator")
 MENDED = [f"mended:{name}-{kind}" for name in PAPER for kind in ("RKS", "PRF")]
