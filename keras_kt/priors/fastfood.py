@@ -130,7 +130,7 @@ class FastFoodPrior(SpectralPrior):
 
 
 def _hadamard(size: int) -> np.ndarray:
-    matrix = np.ones((1, 1), "float32")
+    matrix: np.ndarray = np.ones((1, 1), "float32")
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     return matrix
