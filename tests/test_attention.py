@@ -511,6 +511,47 @@ def test_steps_of_any_size_equal_the_causal_call(feature_map, qk_norm):
         )
 
 
+@pytest.mark.parametrize("causal", (True, False), ids=("causal", "both"))
+@pytest.mark.parametrize(
+    "implementation, options",
+    one_quick(
+        (route, options)
+        for route in ("quadratic", "linear")
+        for options in (
+            {},
+            {"feature_map": "trigonometric"},
+            {"decay": "constant"},
+            {"near_field": 3},
+            {"sliding_window": 3},
+            {"sliding_window": 3, "spectral_prior": "generator"},
+        )
+    ),
+    ids=str,
+)
+def test_gradients_traced_with_dynamic_shapes_compile(
+    implementation, options, causal
+):
+    """As Keras traces a training step: batch and length are not known."""
+    layer = keras_kt.KernelizedAttention(
+        3, 5, seed=1, implementation=implementation, **options
+    )
+    x = array(QUERY)
+    layer.build(x.shape, x.shape)
+
+    def gradients(x):
+        with tf.GradientTape() as tape:
+            output = layer(x, x, use_causal_mask=causal)
+            loss = tf.reduce_sum(tf.sin(output))
+        return tape.gradient(loss, layer.trainable_weights)
+
+    spec = [tf.TensorSpec((None, None, FEATURES))]
+    compiled = tf.function(gradients, jit_compile=True, input_signature=spec)
+    for actual, expected in zip(
+        compiled(x), gradients(tf.constant(x)), strict=True
+    ):
+        np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_step_compiles_and_takes_a_state_of_dynamic_batch():
     layer = keras_kt.KernelizedAttention(3, 5)

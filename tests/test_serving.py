@@ -12,7 +12,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 import keras_kt
 from tests.helpers import cases, runtimes
@@ -93,6 +92,11 @@ class Words(keras.layers.Layer):
     def call(self, text):
         words = self.wordpieces.tokenize(self.splitter.tokenize(text))
         return tf.cast(words.merge_dims(1, 2).to_tensor(), "int32")
+
+
+def serving_api(name):
+    """A module of tensorflow-serving-api, for the tests that need it."""
+    return pytest.importorskip(f"tensorflow_serving.apis.{name}")
 
 
 def text_libraries(*names):
@@ -305,6 +309,7 @@ def test_a_bare_layer_streams_too(tmp_path):
 
 @pytest.mark.slow
 def test_raw_strings_go_in_without_python(host, tmp_path):
+    pytest.importorskip("tensorflow_text")
     text = keras.Input((), dtype="string", name="text")
     pooled = []
     for tokens in (Bytes()(text), Words()(text)):
@@ -431,6 +436,7 @@ def test_stored_draw_is_served_and_said_to_be_frozen(tmp_path):
 
 @pytest.mark.slow
 def test_warmup_requests_are_prediction_logs(tmp_path):
+    prediction_log_pb2 = serving_api("prediction_log_pb2")
     model = Decoder()
     model(tokens_of((2, 5)))
     state = {
@@ -480,6 +486,7 @@ def answer(served, request):
 
 
 def test_request_bodies_follow_from_the_signature(tmp_path):
+    predict_pb2 = serving_api("predict_pb2")
     model = attention_model()
     folder = keras_kt.export_saved_model(model, tmp_path)
     served = tf.saved_model.load(folder)
@@ -516,6 +523,7 @@ def test_request_bodies_follow_from_the_signature(tmp_path):
 
 
 def test_wrong_exports_name_the_way_out(tmp_path, monkeypatch):
+    serving_api("prediction_log_pb2")
     model = attention_model()
 
     def wrong(match, model=model, error=ValueError, **kwargs):

@@ -6,9 +6,8 @@ Heads first: `(batch, heads, query_length, key_length)`.
 import tensorflow as tf
 
 from keras_kt.numerics import precise_product
-from keras_kt.ops.blocks import Blocks
-from keras_kt.ops.heads import size_of, swap_heads
-from keras_kt.ops.scan import scan
+from keras_kt.ops.heads import size_of
+from keras_kt.written_gradients import written_gradient
 
 
 def of_kernel(query, key):
@@ -26,6 +25,7 @@ def of_kernel(query, key):
     return tf.reduce_logsumexp(precise_product(query, key), axis=2)
 
 
+@written_gradient
 def of_features(query, key):
     """log Σ_f exp(query_tf + key_sf) of any range, one query at a time.
 
@@ -33,14 +33,52 @@ def of_features(query, key):
         query, key: log-features, `(batch, heads, length, features)`.
     """
 
-    def one(tokens, _, __, memory, ___):
-        ((query,), (key,)) = tokens, memory
-        logits = query[:, :, :, tf.newaxis] + key[:, :, tf.newaxis]
-        return [tf.reduce_logsumexp(logits, axis=-1)], [], True
+    def pairs_of(row):
+        return row[:, :, tf.newaxis] + key
 
-    batch, length = size_of(query, 0), size_of(query, 2)
-    one_by_one = Blocks(batch, length, None, batch, 1, 1)
-    (logits,), _ = scan(
-        one, [swap_heads(query)], one_by_one, results=1, memory=[key]
+    def logits_of(_, row):
+        return (), tf.reduce_logsumexp(pairs_of(row), axis=-1)
+
+    _, logits = _walk([query], logits_of, ())
+
+    def gradient(of_logits):
+        def add(sums, row, of_its_logits):
+            shares = tf.nn.softmax(pairs_of(row))
+            shares *= of_its_logits[..., tf.newaxis]
+            return (sums[0] + shares,), tf.reduce_sum(shares, axis=2)
+
+        rows = [query, of_logits]
+        (of_key,), of_query = _walk(rows, add, (tf.zeros_like(key),))
+        return of_query, of_key
+
+    return logits, gradient
+
+
+def _walk(inputs, body, sums):
+    """Walks the rows of queries.
+
+    Args:
+        inputs: tensors `(batch, heads, query_length, …)`.
+        body: `(sums, *rows) -> (sums, result)`.
+        sums: tuple of tensors.
+
+    Returns:
+        The last sums, and the results, `(batch, heads, query_length, …)`.
+    """
+    # Of the tensors that are here: XLA does not take the number of another
+    # branch's graph for a constant.
+    length = size_of(inputs[0], 2)
+
+    def advance(row, sums, results):
+        rows = [tf.gather(x, row, axis=2) for x in inputs]
+        sums, result = body(sums, *rows)
+        return row + 1, sums, results.write(row, result)
+
+    _, sums, results = tf.while_loop(
+        lambda row, *_: row < length,
+        advance,
+        (tf.constant(0), sums, tf.TensorArray(tf.float32, length)),
+        parallel_iterations=1,
+        maximum_iterations=length,
     )
-    return swap_heads(logits)
+    return sums, tf.transpose(results.stack(), (1, 2, 0, 3))
