@@ -9,6 +9,7 @@ import tensorflow as tf
 import keras_kt
 from keras_kt import ops
 from tests.helpers import cases, problems, reference
+from tests.helpers.contract import one_in
 from tests.helpers.problems import ALGORITHMS, BOUND, CAUSAL, attend
 from tests.helpers.tensors import Identity, tokens_first, visible
 
@@ -25,7 +26,8 @@ def test_outputs_and_gradients_match_float64_numpy(name, algorithm, masked):
 
 
 @pytest.mark.parametrize(
-    "length, masked", ((1, False), (8, True), (37, False), (37, True))
+    "length, masked",
+    one_in(2, ((37, True), (37, False), (8, True), (1, False))),
 )
 @pytest.mark.parametrize("algorithm", ("bidirectional", "causal", "steps"))
 @pytest.mark.parametrize("name", MAPS)

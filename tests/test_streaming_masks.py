@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
+from tests.helpers.contract import one_in
 from tests.helpers.tensors import array, wrong
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*jit_compile.*")
@@ -124,7 +125,7 @@ CUTS = ((0, 13), (0, 1, 2, 9, 13), tuple(range(14)))
         for side in SIDES
     ],
 )
-@pytest.mark.parametrize("options", LAYERS, ids=name_of)
+@pytest.mark.parametrize("options", one_in(2, LAYERS), ids=name_of)
 def test_padded_calls_equal_calls_without_padding(options, side, route, causal):
     """Masked tokens pushed real ones out of the near field."""
     if not causal and options.get("feature_map") and "decay" in options:
@@ -140,7 +141,7 @@ def test_padded_calls_equal_calls_without_padding(options, side, route, causal):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("options", LAYERS, ids=name_of)
+@pytest.mark.parametrize("options", one_in(2, LAYERS), ids=name_of)
 def test_padded_steps_equal_steps_without_padding(options, side):
     layer = attention(**options)
     mask = padding(side)
@@ -251,7 +252,7 @@ BLOCKS = (
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("options", BLOCKS, ids=name_of)
+@pytest.mark.parametrize("options", one_in(2, BLOCKS), ids=name_of)
 def test_padded_decoders_equal_decoders_without_padding(options, side):
     """`step` took no mask, and padding stood between neighbours."""
     layer = block(**options)

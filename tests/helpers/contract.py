@@ -16,6 +16,17 @@ def one_quick(cases):
     return [first, *(pytest.param(*x, marks=pytest.mark.slow) for x in slow)]
 
 
+def one_in(every, cases):
+    """Cases, one in so many in the quick suite, the rest slow."""
+    params = []
+    for place, case in enumerate(cases):
+        if not hasattr(case, "marks"):
+            case = pytest.param(*(case if isinstance(case, tuple) else [case]))
+        marks = [*case.marks, *([pytest.mark.slow] if place % every else [])]
+        params.append(pytest.param(*case.values, id=case.id, marks=marks))
+    return params
+
+
 def layer_contract(
     make,
     shapes,
