@@ -7,7 +7,7 @@ JOBS ?= 2
 # Files with slow tests, the longest first.
 LONGEST = $(patsubst %,tests/test_%.py,crossed sliding_window distance tfp_laws \
   export_matrix hub_families streaming_model hub_generation)
-SLOW = $(LONGEST) $(filter-out $(LONGEST),$(shell grep -lE "mark.slow|one_quick" tests/test_*.py))
+SLOW = $(LONGEST) $(filter-out $(LONGEST),$(shell grep -lE "mark.slow|one_quick|one_in" tests/test_*.py))
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: install demo test test-all lint conformance approximation docs tpu-check \
