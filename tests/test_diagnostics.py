@@ -342,7 +342,7 @@ def test_plots_show_the_arrays():
 
 def test_plots_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match="keras_kt\\[plot\\]"):
+    with pytest.raises(ImportError, match="pip install matplotlib"):
         plots.plot_kernels(built())
 
 
