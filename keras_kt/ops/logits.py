@@ -6,7 +6,9 @@ Heads first: `(batch, heads, query_length, key_length)`.
 import tensorflow as tf
 
 from keras_kt.numerics import precise_product
-from keras_kt.ops.heads import size_of
+from keras_kt.ops.blocks import Blocks
+from keras_kt.ops.heads import size_of, swap_heads
+from keras_kt.ops.scan import scan
 from keras_kt.written_gradients import written_gradient
 
 
@@ -33,25 +35,30 @@ def of_features(query, key):
         query, key: log-features, `(batch, heads, length, features)`.
     """
 
-    def pairs_of(row):
-        return row[:, :, tf.newaxis] + key
+    def one(tokens, _, __, memory, ___):
+        ((query,), (key,)) = tokens, memory
+        logits = query[:, :, :, tf.newaxis] + key[:, :, tf.newaxis]
+        return [tf.reduce_logsumexp(logits, axis=-1)], [], True
 
-    def logits_of(_, row):
-        return (), tf.reduce_logsumexp(pairs_of(row), axis=-1)
-
-    _, logits = _walk([query], logits_of, ())
+    batch, length = size_of(query, 0), size_of(query, 2)
+    one_by_one = Blocks(batch, length, None, batch, 1, 1)
+    (logits,), _ = scan(
+        one, [swap_heads(query)], one_by_one, results=1, memory=[key]
+    )
 
     def gradient(of_logits):
         def add(sums, row, of_its_logits):
-            shares = tf.nn.softmax(pairs_of(row))
+            shares = tf.nn.softmax(row[:, :, tf.newaxis] + key)
             shares *= of_its_logits[..., tf.newaxis]
             return (sums[0] + shares,), tf.reduce_sum(shares, axis=2)
 
+        # Not the scan's own, whose numbers are of the graph of the logits:
+        # of another branch, where XLA does not take them for constants.
         rows = [query, of_logits]
         (of_key,), of_query = _walk(rows, add, (tf.zeros_like(key),))
         return of_query, of_key
 
-    return logits, gradient
+    return swap_heads(logits), gradient
 
 
 def _walk(inputs, body, sums):
@@ -65,8 +72,6 @@ def _walk(inputs, body, sums):
     Returns:
         The last sums, and the results, `(batch, heads, query_length, …)`.
     """
-    # Of the tensors that are here: XLA does not take the number of another
-    # branch's graph for a constant.
     length = size_of(inputs[0], 2)
 
     def advance(row, sums, results):
