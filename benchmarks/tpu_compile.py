@@ -371,7 +371,11 @@ def save(rows, args, device):
         part(args): {**settings(args, device), "rows": rows},
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=1) + "\n")
+    text = json.dumps(record, indent=1)
+    # Each row in one line.
+    rows = re.compile(r"\{[^{}]*\}")
+    text = rows.sub(lambda row: " ".join(row[0].split()), text)
+    args.output.write_text(text + "\n")
 
 
 def read(args):

@@ -12,7 +12,7 @@ import re
 import pytest
 
 import keras_kt
-from experiments import records
+from experiments import distill, records
 from tests.helpers import figures
 from tests.helpers.figures import (
     decode,
@@ -22,6 +22,7 @@ from tests.helpers.figures import (
     number,
     record,
     stage,
+    table,
 )
 from tests.helpers.pages import PAGES
 
@@ -205,6 +206,24 @@ def claims_of_converting():
         f"A byte of a stream takes {first:.1f} ms after 100 bytes and "
         f"{last:.1f} ms after 4,096."
     )
+    taught = table("distill/stages.csv")
+    assert {row["seed"] for row in taught} == set("012")
+    steps = {row["stage"]: int(row["steps"]) for row in taught}
+    teacher, layers, whole = (
+        steps[stage]
+        for stage in ("softmax", "layers distilled", "outputs distilled")
+    )
+    yield (
+        f"the classifier after {teacher} steps of softmax training at "
+        f"{taught[0]['tokens']} tokens, converted at D = "
+        f"{taught[0]['num_features']}, then distilled layer by layer for "
+        f"{layers} steps, then as a whole by its teacher's predictions for "
+        f"{whole}."
+    )
+    yield f"in {layers / teacher:.0%} of the teacher's steps".replace("%", " %")
+    for line in distill.render(figures.RESULTS / "distill").splitlines():
+        if re.match(r"\| (default|points|near) \| (?!softmax)", line):
+            yield line
 
 
 def claims_of_benchmarks():
