@@ -388,6 +388,7 @@ OTHERS = {
         "| tokens | 8,192 | 32,768 | 131,072 | 524,288 |",
     ],
     "README.md": [
+        "tries Python 3.10 to 3.13",
         "Attention for Keras 3 on TensorFlow",
         "arXiv 2110.08323",
         "scripts of at most 150 lines",
