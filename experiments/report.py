@@ -4,6 +4,7 @@ python -m experiments report --results results/experiments
 """
 
 import argparse
+import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -117,10 +118,8 @@ def summary(attention, runs):
     draws = [x for row in runs for x in records.numbers(row["fresh_draws"])]
     spread = "–"
     if draws:
-        center = sum(draws) / len(draws)
-        squares = [(draw - center) ** 2 for draw in draws]
-        deviation = (sum(squares) / len(draws)) ** 0.5
-        spread = f"{center:.4f} ± {deviation:.4f}"
+        center = statistics.fmean(draws)
+        spread = f"{center:.4f} ± {statistics.pstdev(draws):.4f}"
     tests = ""
     if len(runs) > 1:
         tests = ", ".join(f"{float(row['score']):.4f}" for row in runs)
@@ -143,4 +142,5 @@ def summary(attention, runs):
 
 
 def mean(runs, column):
-    return sum(float(row[column]) for row in runs) / len(runs)
+    # Not `sum`, which rounds otherwise from Python 3.12 on.
+    return statistics.fmean(float(row[column]) for row in runs)
