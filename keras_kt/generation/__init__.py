@@ -24,7 +24,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     end_token: int | Sequence[int] | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     jit_compile: bool = False,
     prompt_mask: ArrayLike | None = None,
     prompt_lengths: ArrayLike | None = None,
