@@ -21,6 +21,7 @@ from keras_kt.conversion.probe import (
     replaced_methods,
 )
 from keras_kt.conversion.seam import kernel_within
+from keras_kt.layers.projections import of_step
 
 
 def generate_on_states(model):
@@ -75,10 +76,16 @@ class _Generation:
         pairs = list(zip(self.blocks, attention, strict=True))
         kept = [block for block, layer in pairs if layer is None]
         seams = [block for block, layer in pairs if kernel_within(layer)]
+        products = [
+            layer
+            for layer in self.task.backbone._flatten_layers()
+            if isinstance(layer, keras.layers.EinsumDense)
+        ]
         with (
             replaced_methods([self.task], "call_with_cache", self._call_task),
             replaced_methods(kept, "call", self._call_kept),
             replaced_methods(seams, "call", self._call_seam),
+            replaced_methods(products, "call", _call_product),
         ):
             yield
 
@@ -206,6 +213,11 @@ class _Generation:
             output, _ = call(**arguments)
         (state,) = states
         return output, hub_cache.write_state(state, cache.shape[1])
+
+
+def _call_product(dense, call, x, *args, **kwargs):
+    """A projection, in the form that XLA compiles well for one token."""
+    return of_step(dense, x, lambda x: call(x, *args, **kwargs))
 
 
 def _streaming_attention(block):

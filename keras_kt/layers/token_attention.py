@@ -22,7 +22,7 @@ from keras_kt.layers.axes import (
     without_mask,
 )
 from keras_kt.layers.kernelized import Kernelized
-from keras_kt.layers.projections import ProjectedAttention
+from keras_kt.layers.projections import ProjectedAttention, of_step
 from keras_kt.layers.scaling import Decay
 
 
@@ -277,16 +277,16 @@ class TokenAttention(Kernelized, ProjectedAttention):
         if key_mask is not None:
             value, key = (select_rows(x, key_mask) for x in (value, key))
         heads, state = self._unprojected.step(
-            self._query_dense(query),
-            self._key_dense(key),
-            self._value_dense(value),
+            of_step(self._query_dense, query),
+            of_step(self._key_dense, key),
+            of_step(self._value_dense, value),
             state,
             key_mask=key_mask,
             query_mask=query_mask,
             decay=self._gated_decay(key) if self._gated_decay else None,
         )
         heads = tf.cast(without_mask(heads), self.compute_dtype)
-        output = self._project_heads(heads, query, training=False)
+        output = self._project_step_heads(heads, query)
         if query_mask is not None:
             output._keras_mask = query_mask
         return output, state
