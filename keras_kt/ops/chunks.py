@@ -7,6 +7,7 @@ within a chunk or a block, so that no running sum grows with the length.
 import numpy as np
 import tensorflow as tf
 
+from keras_kt.numerics import precise_product
 from keras_kt.ops import blocks, scaling
 from keras_kt.ops.heads import repeat_rows, size_of
 
@@ -180,14 +181,25 @@ def _states(past, sums, ends):
         sums: `(batch, heads, chunks, …)`, what each chunk adds at its end.
         ends: `(batch, heads, chunks, 1)`, the decay up to each end; or `None`.
     """
+    batch, heads, chunks, width, dim = (size_of(sums, i) for i in range(5))
+
+    def weighted(weights, states):
+        """Sums of states, by the rows of a matrix."""
+        states = tf.reshape(states, (batch, heads, -1, width * dim))
+        states = precise_product(weights, states)
+        return tf.reshape(states, (batch, heads, -1, width, dim))
+
     if ends is None:
-        before = tf.cumsum(sums, axis=2, exclusive=True)
-        return before + tf.expand_dims(past, 2), past + tf.reduce_sum(sums, 2)
+        before = tf.expand_dims(past, 2)
+        if not (isinstance(chunks, int) and chunks == 1):
+            # TensorFlow's running sum takes half of the whole block's time.
+            ones = tf.ones((batch, heads, chunks, chunks))
+            earlier = tf.linalg.band_part(ones, -1, 0) - tf.eye(chunks)
+            before += weighted(earlier, sums)
+        return before, past + tf.reduce_sum(sums, 2)
     fading = _fading(tf.pad(ends, [(0, 0), (0, 0), (1, 0), (0, 0)]))
     states = tf.concat([tf.expand_dims(past, 2), sums], axis=2)
-    batch, heads, width, dim = (size_of(past, axis) for axis in range(4))
-    states = tf.reshape(states, (batch, heads, -1, width * dim))
-    states = tf.reshape(fading @ states, (batch, heads, -1, width, dim))
+    states = weighted(fading, states)
     return states[:, :, :-1], states[:, :, -1]
 
 
