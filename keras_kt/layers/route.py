@@ -5,6 +5,7 @@ import tensorflow as tf
 from keras_kt import ops
 from keras_kt.layers.axes import match_length, select_rows
 from keras_kt.ops import states
+from keras_kt.ops.heads import part
 
 IMPLEMENTATIONS = ("auto", "linear", "quadratic")
 # Up to about this length the matrix is as fast as the linear form or faster,
@@ -109,7 +110,7 @@ def _attend_linearly(
     output, _ = ops.attend(
         query, key, value, feature_map, causal=causal, near=near, **options
     )
-    return output[:, :length] if needs_match else output
+    return part(output, 1, 0, length) if needs_match else output
 
 
 def check_window(query, key, window):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_kt.ops import blocks, heads, logits, scaling, visible_tokens
-from keras_kt.ops.heads import repeat_rows, size_of, swap_heads
+from keras_kt.ops.heads import part, repeat_rows, size_of, swap_heads
 from keras_kt.ops.scan import scan
 
 
@@ -85,7 +85,7 @@ def attend(
         recall=_Recall(of_tokens, order, window, rule),
     )
     joined = heads.unshare(joined, repeats)
-    sums = scaling.Sums(joined[..., :-1], joined[..., -1:])
+    sums = scaling.Sums(part(joined, 3, 0, -1), part(joined, 3, -1))
     return sums, _last(past, key, value, decay, order, window)
 
 
@@ -98,7 +98,7 @@ def _last(past, key, value, decay, order, window):
         # No more than these of a long sequence.
         tokens = [x[:, -window:] for x in tokens]
         line = [tf.concat(x, 1) for x in zip(past, tokens, strict=True)]
-        return [x[:, size_of(x, 1) - window :] for x in line]
+        return [part(x, 1, -window) for x in line]
     slots = order.count[:, -1:] + tf.range(window)
     places = visible_tokens.take(order.order, slots - window)
 
@@ -197,7 +197,7 @@ class _Rows(NamedTuple):
     def _after(self, line, keep, count):
         """The ring after a line: its last visible tokens."""
         if keep is None:
-            return [x[:, :, size_of(x, 2) - self.window :] for x in line]
+            return [part(x, 2, -self.window) for x in line]
         order = visible_tokens.visible_order(keep[:, 0, :, 0]).order
         index = count[:, -1:] + tf.range(self.window)
         new = index - self.window

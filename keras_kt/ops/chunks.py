@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_kt.numerics import precise_product
 from keras_kt.ops import blocks, scaling
-from keras_kt.ops.heads import repeat_rows, size_of
+from keras_kt.ops.heads import part, repeat_rows, size_of
 
 # Where features are of any range, so many tokens attend pair by pair.
 _EXACT_SIZE = 16
@@ -138,7 +138,7 @@ def attend_exactly(
     weights = tf.reduce_sum(tf.exp(pairs - tf.expand_dims(scale, -1)), axis=-1)
     values = tf.matmul(tf.where(visible, weights, 0.0), value)
     values += tf.matmul(
-        tf.exp(earlier - scale), sums[:, :, :-1], transpose_b=True
+        tf.exp(earlier - scale), part(sums, 2, 0, -1), transpose_b=True
     )
     rows = [
         tf.reshape(x, (batch, x.shape[1], length * repeats, x.shape[4]))
@@ -199,8 +199,10 @@ def _states(past, sums, ends):
         return before, past + tf.reduce_sum(sums, 2)
     fading = _fading(tf.pad(ends, [(0, 0), (0, 0), (1, 0), (0, 0)]))
     states = tf.concat([tf.expand_dims(past, 2), sums], axis=2)
-    states = weighted(fading, states)
-    return states[:, :, :-1], states[:, :, -1]
+    # Apart, since to take a large product apart costs as much as to make it.
+    before = weighted(part(fading, 2, 0, -1), states)
+    after = weighted(part(fading, 2, -1), states)
+    return before, tf.squeeze(after, 2)
 
 
 def _fading(elapsed):

@@ -15,6 +15,33 @@ def size_of(x, axis):
     return tf.shape(x)[axis] if static is None else static
 
 
+def part(x, axis, begin=0, size=None):
+    """`x[…, begin : begin + size, …]`; to the end by default.
+
+    By `tf.slice` where sizes are static: the gradient of a range in brackets
+    takes ten times as long. XLA takes those that are not for dynamic.
+
+    Args:
+        x: a tensor.
+        axis: which one, from the front.
+        begin: an integer, from the end if negative, or a scalar tensor.
+        size: an integer, less than the axis by so many if negative, or a
+            scalar tensor.
+    """
+    length = size_of(x, axis)
+    if isinstance(begin, int) and begin < 0:
+        begin += length
+    if size is None:
+        size = length - begin
+    elif isinstance(size, int) and size < 0:
+        size += length
+    if not (isinstance(begin, int) and isinstance(size, int)):
+        return x[(slice(None),) * axis + (slice(begin, begin + size),)]
+    begins, sizes = [0] * x.shape.rank, [-1] * x.shape.rank
+    begins[axis], sizes[axis] = begin, size
+    return tf.slice(x, begins, sizes)
+
+
 def swap_heads(x):
     """Swaps tokens and heads."""
     return tf.transpose(x, (0, 2, 1, 3))

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_kt.ops import band, linear, scaling, visible_tokens
 from keras_kt.ops.blocks import shares
-from keras_kt.ops.heads import repeat_rows, size_of
+from keras_kt.ops.heads import part, repeat_rows, size_of
 from keras_kt.ops.states import NearFieldState, WindowState
 
 
@@ -137,10 +137,10 @@ def _near(query, key, value, *rule, key_mask, decay, causal, past):
     if causal:
         return [sums], last
     tokens, options = tf.nest.map_structure(
-        lambda x: None if x is None else x[:, ::-1], (tokens, options)
+        lambda x: None if x is None else tf.reverse(x, [1]), (tokens, options)
     )
     ahead, _ = band.attend(*tokens, *rule, strict=True, **options)
-    return [sums, scaling.Sums(*(x[:, ::-1] for x in ahead))], None
+    return [sums, scaling.Sums(*(tf.reverse(x, [1]) for x in ahead))], None
 
 
 def _with_logarithm(sums):
@@ -194,7 +194,7 @@ def _join(line, tokens):
 def _slots(x, order, offset, length):
     """Of a line, what is `offset` behind each query's count."""
     if order is None:
-        return x[:, 1 + offset : 1 + offset + length]
+        return part(x, 1, 1 + offset, length)
     return visible_tokens.take(x, order.count + offset)
 
 
@@ -250,15 +250,15 @@ class _Walk(NamedTuple):
         order, length = self.order, size_of(self.query, 1)
         # In reverse order a token is reached by the decay of the one after it.
         key, value, decay, keep = line
-        shifted = key, value, decay[:, 1:], keep
+        shifted = key, value, part(decay, 1, 1), keep
         offset = first + distance - 1
         entering = [_slots(x, order, offset, length) for x in shifted]
         if order is not None:
             enters = tf.pad(order.mask[:, 1:], [(0, 0), (0, 1)])
             entering = _stream(*entering[:3], enters & (entering[3] > 0.0))
-        entering = [x[:, ::-1] for x in entering]
-        part, _ = self._causal(self.query[:, ::-1], entering, None)
-        output, logarithm = (x[:, ::-1] for x in part)
+        entering = [tf.reverse(x, [1]) for x in entering]
+        sums, _ = self._causal(tf.reverse(self.query, [1]), entering, None)
+        output, logarithm = (tf.reverse(x, [1]) for x in sums)
         if self.fades:
             sums = _moving_sum(decay, distance)
             logarithm -= self._rows(_slots(sums, order, first, length))
@@ -299,9 +299,9 @@ def _moving_sum(x, count):
     sums = tf.cumsum(x, axis=2)
     # The rest of the chunk before, without subtracting from a total.
     rest = tf.cumsum(x, axis=2, reverse=True, exclusive=True)
-    sums = sums[:, 1:] + rest[:, :-1]
+    sums = part(sums, 1, 1) + part(rest, 1, 0, -1)
     sums = tf.reshape(sums, (batch, chunks * count, *x.shape[3:]))
-    return sums[:, :length]
+    return part(sums, 1, 0, length)
 
 
 def _merge(*parts):
