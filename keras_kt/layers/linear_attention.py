@@ -291,6 +291,7 @@ class LinearAttention(HeadStream):
             tf.cast(value, tf.float32),
             feature_map,
             forms_matrix=forms_matrix,
+            needs_weights=return_attention_scores,
             query_mask=query_mask,
             attention_mask=attention_mask,
             same_length=same_length,

@@ -52,6 +52,7 @@ def attend(
     feature_map,
     *,
     forms_matrix,
+    needs_weights,
     query_mask,
     attention_mask,
     same_length,
@@ -62,6 +63,7 @@ def attend(
     Args:
         query, key, value, feature_map, attention_mask, options: as there.
         forms_matrix: whether to form it.
+        needs_weights: whether weights are wanted, of which it is formed then.
         query_mask: `(batch, query_length)` boolean, or `None`.
         same_length: whether lengths are known to be equal, which dynamic shapes
             do not tell.
@@ -72,7 +74,10 @@ def attend(
     tokens, weights = (query, key, value, feature_map), None
     if forms_matrix:
         output, weights = ops.attend_with_matrix(
-            *tokens, attention_mask=attention_mask, **options
+            *tokens,
+            attention_mask=attention_mask,
+            needs_weights=needs_weights,
+            **options,
         )
     else:
         output = _attend_linearly(*tokens, same_length=same_length, **options)

@@ -72,8 +72,9 @@ def attend(
     options = {"key_mask": key_mask, "decay": decay}
     if attention_mask is not None:
         options |= {"attention_mask": attention_mask, "near": near}
-        output, _ = quadratic.attend(*tokens, causal=causal, **options)
-        return output, None
+        return quadratic.attend(
+            *tokens, causal=causal, needs_weights=False, **options
+        )
     if near is not None:
         options |= {"causal": causal, "state": state}
         *near, has_far = near
@@ -102,16 +103,18 @@ def attend_with_matrix(
     attention_mask=None,
     decay=None,
     near=None,
+    needs_weights=True,
 ):
     """`attend` by the attention matrix: the same estimate, and its weights.
 
     Args:
         query, key, value, feature_map, causal, key_mask, attention_mask, decay,
             near: as in `attend`; lengths may differ.
+        needs_weights: whether weights are wanted, which take time.
 
     Returns:
         Outputs as in `attend`, and the attention weights
-        `(batch, heads, query_length, key_length)`.
+        `(batch, heads, query_length, key_length)` or `None`.
     """
     if decay is not None:
         decay = scaling.visible_decay(decay, key_mask)
@@ -125,4 +128,5 @@ def attend_with_matrix(
         attention_mask=attention_mask,
         decay=decay,
         near=near,
+        needs_weights=needs_weights,
     )

@@ -21,8 +21,13 @@ def attend(
     attention_mask=None,
     decay=None,
     near=None,
+    needs_weights=True,
 ):
-    """As `ops.attend_with_matrix`, with a decay of zero where masked."""
+    """As `ops.attend_with_matrix`, with a decay of zero where masked.
+
+    Args:
+        needs_weights: whether weights are wanted; else they are `None`.
+    """
     repeats = query.shape[2] // key.shape[2]
     if repeats > 1:
         attention_mask = _mask_to_batch(
@@ -37,10 +42,9 @@ def attend(
     keep = None
     if key_mask is not None:
         keep = tf.cast(key_mask, "bool")[:, tf.newaxis, :, tf.newaxis]
-        value = tf.where(keep, value, 0.0)
     lengths = size_of(query, 2), size_of(key, 2)
     visible = _visible(lengths, causal, keep, attention_mask)
-    log_fading = 0.0
+    log_fading = None
     if decay is not None:
         decay = swap_heads(decay)
         log_fading = _log_fading(decay, lengths[0])
@@ -48,87 +52,130 @@ def attend(
     if near is not None:
         is_near = visible_tokens.within(lengths, key_mask, near.window)
         if not near.has_far:
-            visible &= is_near
+            visible = _both(visible, is_near)
     if near is not None and near.kernel is not None:
         kept_key = key if keep is None else tf.where(keep, key, 0.0)
         exact = logits.of_kernel(
             near.kernel.queries(query), near.kernel.keys(kept_key)
         )
-        exact += log_fading
-        exact = tf.where(is_near & visible, exact, FLOOR)
+        exact = _faded(exact, log_fading)
+        exact = tf.where(_both(visible, is_near), exact, FLOOR)
     # The kernel of a near field leaves out the same factor of each query.
     features = (
         feature_map.queries(query),
         scaling.key_features(feature_map, key, keep),
     )
+    value = scaling.with_ones(value, keep)
+
+    def read(scores, count=None):
+        return scores, scaling.Sums(tf.matmul(scores, value), count)
+
     if exact is not None and not near.has_far:
-        weights = _softmax(exact, visible)
+        scores, sums = read(_exponentials(exact, visible))
     elif feature_map.positive:
-        weights = _weights(*features, visible, log_fading, is_near, exact)
+        scores, sums = _by_features(
+            *features, read, visible, log_fading, is_near, exact, needs_weights
+        )
     else:
-        weights = _signed_weights(*features, visible, log_fading)
-    output = swap_heads(tf.matmul(weights, value))
+        scores, sums = read(*_signed_scores(*features, visible, log_fading))
+    output, normalizer = scaling.divide(sums, not feature_map.positive)
+    weights = None
+    if needs_weights:
+        if not feature_map.positive:
+            normalizer = scaling.guarded(normalizer, sums.scale)
+        weights = tf.math.divide_no_nan(scores, normalizer)
+    output = swap_heads(output)
     if repeats > 1:
         output = heads.from_batch(output, repeats)
+    if repeats > 1 and needs_weights:
         weights = swap_heads(heads.from_batch(swap_heads(weights), repeats))
     return output, weights
 
 
 def _visible(lengths, causal, keep, attention_mask):
-    """Which `(batch, heads, t, s)` are seen."""
-    visible = tf.ones(lengths, "bool")[tf.newaxis, tf.newaxis]
+    """Which `(batch, heads, t, s)` are seen; `None` if all are."""
+    visible = None
     if causal:
-        visible = tf.linalg.band_part(visible, -1, 0)
+        ones = tf.ones(lengths, "bool")[tf.newaxis, tf.newaxis]
+        visible = tf.linalg.band_part(ones, -1, 0)
     if attention_mask is not None:
-        visible &= tf.cast(attention_mask, "bool")
+        visible = _both(visible, tf.cast(attention_mask, "bool"))
     if keep is not None:
-        visible &= tf.linalg.matrix_transpose(keep)
+        visible = _both(visible, tf.linalg.matrix_transpose(keep))
     return visible
 
 
-def _weights(log_query, log_key, visible, log_fading, is_near, exact):
-    """Attention weights of positive features, `(batch, heads, t, s)`."""
+def _both(visible, mask):
+    return mask if visible is None else visible & mask
+
+
+def _seen(x, visible, other=0.0):
+    """What is seen, and a number elsewhere."""
+    return x if visible is None else tf.where(visible, x, other)
+
+
+def _faded(x, log_fading):
+    return x if log_fading is None else x + log_fading
+
+
+def _by_features(
+    log_query, log_key, read, visible, log_fading, is_near, exact, needs_scores
+):
+    """Scores of positive features, or `None`, and what `read` makes of them."""
     maximum = scaling.maximum_of(log_key)
     query, scale = scaling.exp_query(log_query, maximum)
     key = scaling.exp_key(log_key, maximum)
-    scores = tf.matmul(query, key, transpose_b=True) * tf.exp(log_fading)
+    scores = tf.matmul(query, key, transpose_b=True)
+    if log_fading is not None:
+        scores *= tf.exp(log_fading)
     if exact is not None:
         # One scale for both, the larger of theirs.
         top = tf.maximum(scale, scaling.row_maximum(exact))
         scores *= tf.exp(scale - top)
         scores = tf.where(is_near, tf.exp(exact - top), scores)
-    scores = tf.where(visible, scores, 0.0)
-    total = tf.reduce_sum(scores, axis=-1, keepdims=True)
+    scores = _seen(scores, visible)
+    shape = scores.shape
+    scores, sums = read(scores)
+    sees = None
+    if visible is not None:
+        sees = tf.reduce_any(visible, -1, keepdims=True)
+
+    def wanted(scores, sums):
+        return [sums.values, *([scores] if needs_scores else [])]
 
     def pair_by_pair():
-        pairs = logits.of_features(log_query, log_key) + log_fading
+        pairs = logits.of_features(log_query, log_key)
+        pairs = _faded(pairs, log_fading)
         if exact is not None:
             pairs = tf.where(is_near, exact, pairs)
-        pairs = tf.where(visible, pairs, FLOOR)
-        return tf.ensure_shape(_softmax(pairs, visible), scores.shape)
+        pairs = _seen(pairs, visible, FLOOR)
+        again = tf.ensure_shape(_exponentials(pairs, visible), shape)
+        again, its_sums = read(again)
+        values = tf.ensure_shape(its_sums.values, sums.values.shape)
+        return wanted(again, its_sums._replace(values=values))
 
-    return tf.cond(
-        scaling.is_exact(total, tf.reduce_any(visible, -1, keepdims=True)),
-        lambda: scaling.safe_ratio(scores, total),
+    values, *scores = tf.cond(
+        scaling.is_exact(sums.values, sees),
+        lambda: wanted(scores, sums),
         pair_by_pair,
     )
+    return *(scores or [None]), scaling.Sums(values)
 
 
-def _softmax(pairs, visible):
-    """Of logits, those of pairs that are not seen at the floor."""
-    weights = tf.exp(pairs - scaling.row_maximum(pairs))
-    weights = tf.where(visible, weights, 0.0)
-    total = tf.reduce_sum(weights, axis=-1, keepdims=True)
-    return scaling.safe_ratio(weights, total)
+def _exponentials(pairs, visible):
+    """Of logits, relative to the largest of each row."""
+    return _seen(tf.exp(pairs - scaling.row_maximum(pairs)), visible)
 
 
-def _signed_weights(query, key, visible, log_fading):
-    """Attention weights of signed features, `(batch, heads, t, s)`."""
-    shares = tf.where(visible, tf.exp(log_fading), 0.0)
-    scores = tf.matmul(query, key, transpose_b=True) * shares
-    total = tf.reduce_sum(scores, axis=-1, keepdims=True)
+def _signed_scores(query, key, visible, log_fading):
+    """Scores of signed features, and the number of keys that rows see."""
+    scores = tf.matmul(query, key, transpose_b=True)
+    shares = tf.ones_like(scores[:1, :1])
+    if log_fading is not None:
+        shares = tf.exp(log_fading)
+    shares = _seen(shares, visible)
     count = tf.reduce_sum(shares, axis=-1, keepdims=True)
-    return tf.math.divide_no_nan(scores, scaling.guarded(total, count))
+    return scores * shares, count + tf.zeros_like(query[..., :1])
 
 
 def _log_fading(decay, query_length):
