@@ -44,6 +44,7 @@ def _closed_figures():
 def _linear_at_any_length(monkeypatch):
     """Tests are short; what "auto" does with short inputs has its own test."""
     monkeypatch.setattr(route, "SHORT_LENGTH", 0)
+    monkeypatch.setattr(route, "SHORT_CAUSAL_LENGTH", 0)
 
 
 @pytest.fixture

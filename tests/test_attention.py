@@ -878,7 +878,8 @@ def test_another_backend_is_refused_by_name():
 
 @pytest.mark.parametrize("causal", (False, True))
 def test_auto_forms_the_matrix_only_of_short_inputs(causal, monkeypatch):
-    monkeypatch.setattr(layer_route, "SHORT_LENGTH", 32)
+    monkeypatch.setattr(layer_route, "SHORT_LENGTH", 64)
+    monkeypatch.setattr(layer_route, "SHORT_CAUSAL_LENGTH", 128)
     routes = []
 
     def spy_on(module, name):
@@ -895,7 +896,8 @@ def test_auto_forms_the_matrix_only_of_short_inputs(causal, monkeypatch):
     spy_on(ops.linear, "bidirectional")
     auto, linear = pair_of("auto", "linear", (2, None, 6))
     expected = {True: "causal", False: "bidirectional"}[causal]
-    for length, route in ((32, "attend"), (33, expected)):
+    short = {True: 128, False: 64}[causal]
+    for length, route in ((short, "attend"), (short + 1, expected)):
         x = array((2, length, 6))
         routes.clear()
         one = auto(x, x, use_causal_mask=causal)

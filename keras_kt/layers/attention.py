@@ -57,8 +57,8 @@ class KernelizedAttention(TokenAttention):
             noise at every training step, and the stored draw for all else.
         implementation: `"auto"` (default) is linear, except where a call needs
             the matrix (a dense `attention_mask`, `return_attention_scores`) and
-            for at most 32 tokens. `"linear"` refuses such calls. `"quadratic"`
-            always forms it. The estimate is the same.
+            for at most 64 tokens, causal ones 128. `"linear"` refuses such
+            calls. `"quadratic"` always forms it. The estimate is the same.
         decay: `None` (default), `"constant"` or `"gated"`: forgetting with the
             distance, as in `LinearAttention`, at a learned rate of each head,
             or of each token of `key`, by a gate that starts at a constant.

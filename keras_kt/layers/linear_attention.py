@@ -72,8 +72,9 @@ class LinearAttention(HeadStream):
             noise at every training step.
         implementation: `"auto"` (default) is linear, except where a call needs
             the matrix (a dense `attention_mask`, `return_attention_scores`) and
-            where forming it is faster: sequences known to have at most 32
-            tokens. `"linear"` never forms it, `"quadratic"` always.
+            where forming it is faster: sequences known to have at most 64
+            tokens, causal ones 128. `"linear"` never forms it, `"quadratic"`
+            always.
         decay: `None` (default), `"constant"` or `"gated"`: the weight of key s
             for query t is multiplied by exp(−Σ λ_u) over the tokens u after s
             up to t (after t up to s, for keys after the query). With
@@ -280,7 +281,11 @@ class LinearAttention(HeadStream):
         if self.sliding_window:
             route.check_window(query, key, self.sliding_window)
         forms_matrix = self._forms_matrix(
-            query, key, attention_mask is not None, return_attention_scores
+            query,
+            key,
+            attention_mask is not None,
+            return_attention_scores,
+            use_causal_mask,
         )
         decay = self.rates(key, decay)
         query, key = self.rotated(query, key, key_mask)
@@ -301,7 +306,7 @@ class LinearAttention(HeadStream):
             near=near,
         )
 
-    def _forms_matrix(self, query, key, has_mask, needs_scores):
+    def _forms_matrix(self, query, key, has_mask, needs_scores, causal):
         if self.implementation == "quadratic":
             return True
         needs_matrix = route.needs_matrix(
@@ -310,8 +315,9 @@ class LinearAttention(HeadStream):
         if has_mask and not needs_scores and not self._warned_of_dense_mask:
             self._warned_of_dense_mask = True
             warnings.warn(route.DENSE_MASK_WARNING, stacklevel=2)
-        is_auto = self.implementation == "auto"
-        return needs_matrix or (is_auto and route.is_short(query, key))
+        if self.implementation != "auto":
+            return needs_matrix
+        return needs_matrix or route.is_short(query, key, causal)
 
     def compute_output_shape(self, query_shape, key_shape, value_shape):
         self._check_heads(query_shape, key_shape, value_shape)

@@ -8,10 +8,11 @@ from keras_kt.ops import states
 from keras_kt.ops.heads import part
 
 IMPLEMENTATIONS = ("auto", "linear", "quadratic")
-# Up to about this length the matrix is as fast as the linear form or faster,
-# with XLA and without:
-# python -m benchmarks.attention --levels core --lengths 16 32 64
-SHORT_LENGTH = 32
+# Up to about these lengths training is faster by the matrix, with XLA and
+# without (heads of 16 to 64 on a CPU; without XLA up to twice as long):
+# python -m benchmarks.short
+SHORT_LENGTH = 64
+SHORT_CAUSAL_LENGTH = 128
 _DENSE_MASK = "a dense mask (`attention_mask`)"
 _ALTERNATIVES = (
     "Padding masks (`query_mask`, `value_mask`, `key_mask`, or the Keras masks "
@@ -39,10 +40,11 @@ def needs_matrix(implementation, has_dense_mask, needs_scores):
     return bool(reasons)
 
 
-def is_short(query, key):
+def is_short(query, key, causal):
     """Whether sequences are known to be so short that the matrix is faster."""
     lengths = query.shape[1], key.shape[1]
-    return None not in lengths and max(lengths) <= SHORT_LENGTH
+    limit = SHORT_CAUSAL_LENGTH if causal else SHORT_LENGTH
+    return None not in lengths and max(lengths) <= limit
 
 
 def attend(
