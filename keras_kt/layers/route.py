@@ -10,7 +10,7 @@ from keras_kt.ops.heads import part
 IMPLEMENTATIONS = ("auto", "linear", "quadratic")
 # Up to about these lengths training is faster by the matrix, with XLA and
 # without (heads of 16 to 64 on a CPU; without XLA up to twice as long):
-# python -m benchmarks.short
+# python -m benchmarks.ratios --sections short
 SHORT_LENGTH = 64
 SHORT_CAUSAL_LENGTH = 128
 _DENSE_MASK = "a dense mask (`attention_mask`)"
