@@ -2,7 +2,8 @@
 
 Trains the models of convert.py with softmax, converts each in several ways and
 distills: first layer by layer, then the whole by its teacher's outputs. Both
-together take a fifth of the teacher's steps. Records the quality after each
+together take a fifth of the teacher's steps. What layers alone get back in as
+many: `--layer-steps 120 --output-steps 0`. Records the quality after each
 stage, and with the far field zeroed where there is a near one:
 
     python -m experiments distill --data-dir .
@@ -71,7 +72,7 @@ def parse_args(argv):
     add("--seeds", nargs="+", type=int, default=[0], help="of runs")
     add("--steps", type=int, default=600, help="default: %(default)s")
     add("--layer-steps", type=int, default=40, help="default: %(default)s")
-    add("--output-steps", type=int, default=80, help="default: %(default)s")
+    add("--output-steps", type=int, default=80, help="0: no such stage")
     add("--layer-rate", type=float, default=1e-2, help="default: %(default)s")
     add("--output-rate", type=float, default=2e-3, help="default: %(default)s")
     add("--batch-size", type=int, default=32, help="default: %(default)s")
@@ -172,6 +173,8 @@ def stages(task, seed, way, teacher, train, test, args):
             train_projections=True,
         )
     report("layers distilled", args.layer_steps, start)
+    if not args.output_steps:
+        return rows
     start = time.perf_counter()
     with working(f"Distilling outputs, {args.output_steps} steps"):
         keras_kt.conversion.distill_outputs(
