@@ -207,7 +207,9 @@ def claims_of_converting():
         f"{last:.1f} ms after 4,096."
     )
     taught = table("distill/stages.csv")
-    assert {row["seed"] for row in taught} == set("012")
+    for task in ("classifier", "lm"):
+        of_task = [row for row in taught if row["task"] == task]
+        assert {row["seed"] for row in of_task} == set("012")
     steps = {row["stage"]: int(row["steps"]) for row in taught}
     teacher, layers, whole = (
         steps[stage]
@@ -224,6 +226,21 @@ def claims_of_converting():
     for line in distill.render(figures.RESULTS / "distill").splitlines():
         if re.match(r"\| (default|points|near) \| (?!softmax)", line):
             yield line
+    longer = distill.render(figures.RESULTS / "distill_layers").splitlines()
+    for line in longer:
+        if "| layers distilled |" in line:
+            yield line
+        elif line.startswith("| default | softmax |"):
+            bits = line.split(" | ")[2]
+            yield f"its teacher has {bits} bits per byte"
+    (more,) = {
+        int(row["steps"])
+        for row in table("distill_layers/stages.csv")
+        if row["stage"] == "layers distilled"
+    }
+    assert 5 * more == teacher
+    yield f"Here {layers} steps of layers are too few"
+    yield f"With {more}, a fifth of the teacher's"
 
 
 def claims_of_benchmarks():
