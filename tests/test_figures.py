@@ -12,7 +12,9 @@ import re
 import pytest
 
 import keras_kt
+from benchmarks.ratios import tables
 from experiments import distill, records
+from keras_kt.layers import route
 from tests.helpers import figures
 from tests.helpers.figures import (
     decode,
@@ -27,6 +29,8 @@ from tests.helpers.figures import (
 from tests.helpers.pages import PAGES
 
 PAPER = ("GMM", "FastFood", "Generator")
+# Read here, since tests set them to 0.
+SHORT = route.SHORT_LENGTH, route.SHORT_CAUSAL_LENGTH
 MENDED = [f"mended:{name}-{kind}" for name in PAPER for kind in ("RKS", "PRF")]
 
 
@@ -68,7 +72,7 @@ def claims_of_readme():
         f"{arguments['heads']} heads of {arguments['head_dim']}, "
         f"{arguments['features']} features a head, float32, two cores of a "
         f"CPU, {arguments['tokens']:,} tokens in each batch and 8,192 in the "
-        "last one, version 0.1"
+        "last one"
     )
     for length in (256, 512, 1024, 4096, 8192):
         cells = " | ".join(map(number, layer_times(length)))
@@ -292,6 +296,18 @@ def claims_of_benchmarks():
         f"take the window {growth[0]} and {growth[1]} times as long forward, "
         f"{growth[2]} and {growth[3]} with the gradient"
     )
+    ratios = record("ratios.json")
+    for line in tables(ratios).splitlines():
+        if re.match(r"\|.*\d", line):
+            yield line
+    arguments = ratios["short"]["arguments"]
+    yield f"as it comes, {arguments['tokens']:,} tokens in a batch"
+    tokens = ratios["options"]["arguments"]["core_length"]
+    yield f"A training step of the core at {tokens:,} tokens"
+    yield f"{ratios['steps']['arguments']['steps']} tokens in a loop"
+    yield (
+        f'Up to {SHORT[0]} tokens, causal {SHORT[1]}, `"auto"` forms the matrix'
+    )
     tensors = record("memory.json")["memory"][-1]["tensors"]
     ratios = [
         f"{memory(column, 65536, xla) / tensors:.2f}"
@@ -419,10 +435,11 @@ OTHERS = {
     "docs/benchmarks.md": [
         "head_dim 64, median of 8 seeds",
         r"| \|q\|² = \|k\|² = 0.5 | D = 128 | D = 256 |",
-        "8 heads of 64, 128 features, float32, 2 cores (AMD EPYC); batch × "
-        "length = 4,096, beyond that batch 1",
+        "8 heads of 64, 128 features, float32, 2 cores (an Intel Xeon); batch "
+        "× length = 4,096, beyond that batch 1",
         "of inputs 512 wide",
-        "memory are version 0.1's",
+        "(8 heads of 64, 128 features)",
+        "A layer of 8 heads of 64 and width 512",
         "(4 blocks, 4 heads of 64, float32, batch 1)",
         "medians of 7 turns",
         "four heads of 8 in compiled calls of 1,000 single tokens, 10⁶ in all, "

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
+from keras_kt.layers.projections import of_step
 from tests.helpers.tensors import array
 
 
@@ -130,3 +131,22 @@ def fused_products(program):
         for line in part.splitlines()
         if re.search(r" dot\(", line)
     ]
+
+
+@pytest.mark.parametrize(
+    "equation, output_shape",
+    (
+        ("btd,ndh->btnh", (None, 5, 5)),  # Gemma's
+        ("btd,dnh->btnh", (None, 5, 5)),
+        ("btnh,nhd->btd", (None, 5)),
+        ("btnh,hnd->btd", (None, 5)),
+        ("btd,dh->tbh", (1, 5)),
+        ("...d,dh->...h", (5,)),
+    ),
+)
+def test_projections_of_any_equation_equal_the_layer(equation, output_shape):
+    rank = 4 if equation.startswith("btnh") else 3
+    x = tf.constant(array((1, 1, 5, 5)[:rank], 3))
+    dense = keras.layers.EinsumDense(equation, output_shape, activation="tanh")
+    expected = dense(x)
+    np.testing.assert_allclose(of_step(dense, x), expected, atol=1e-6)

@@ -49,18 +49,24 @@ def compiled_columns(args, level, batch, length):
 def measure(runs, repeats, budget=math.inf):
     """Seconds of each run, interleaved; the first call apart.
 
-    Slow runs stop after two repeats once `budget` seconds are spent on them.
+    Slow runs stop after two repeats once `budget` seconds are spent on them;
+    those that the memory does not suffice for are left out.
     """
     first, seconds = {}, {key: [] for key in runs}
     say = every(10.0)
     for number, (key, run) in enumerate(runs.items()):
         say(f"  {number} of {len(runs)} compiled")
         start = time.perf_counter()
-        wait(run())
-        first[key] = time.perf_counter() - start
-        wait(run())
+        try:
+            wait(run())
+            first[key] = time.perf_counter() - start
+            wait(run())
+        except tf.errors.ResourceExhaustedError:
+            print(f"  {key}: memory does not suffice; left out", flush=True)
+            del seconds[key]
     for lap in range(repeats):
-        for key, run in runs.items():
+        for key in seconds:
+            run = runs[key]
             say(f"  repeat {lap + 1} of {repeats}")
             if len(seconds[key]) >= 2 and sum(seconds[key]) > budget:
                 continue

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import string
 
 import keras
@@ -222,15 +223,12 @@ def of_step(dense, x, call=None):
     zeros goes with the batch, unless that is known to have more than one.
 
     Args:
-        dense: a layer; products of an `EinsumDense` `(batch, length, …)` are
-            written otherwise.
+        dense: a layer; an `EinsumDense` of `(batch, length, …)` is written
+            otherwise.
         x: `(batch, length, …)`.
         call: what to call otherwise; defaults to the layer.
     """
-    takes_kernel = type(dense) is keras.layers.EinsumDense and not (
-        dense.quantization_mode or dense.activity_regularizer
-    )
-    if x.shape[1] != 1 or not takes_kernel:
+    if x.shape[1] != 1 or not _is_product(dense):
         return (call or dense)(x)
     kernel = tf.cast(dense.kernel, dense.compute_dtype)
     bound = x.shape.rank - 2
@@ -244,6 +242,16 @@ def of_step(dense, x, call=None):
     if dense.bias is not None:
         y += tf.cast(dense.bias, y.dtype)
     return dense.activation(y)
+
+
+def _is_product(dense):
+    """Whether a layer is a matrix product of tokens, and no more."""
+    if type(dense) is not keras.layers.EinsumDense or (
+        dense.quantization_mode or dense.activity_regularizer
+    ):
+        return False
+    tokens, kernel, outputs = re.split(",|->", dense.equation)
+    return tokens[:2] == outputs[:2] and kernel == tokens[2:] + outputs[2:]
 
 
 def _as_shape(output_shape):

@@ -139,13 +139,6 @@ def guarded(normalizer, count):
     return tf.where(normalizer < 0.0, -magnitude, magnitude)
 
 
-def safe_ratio(numerator, normalizer):
-    """A ratio that is zero where the normalizer is."""
-    visible = normalizer > 0.0
-    ratio = numerator / tf.where(visible, normalizer, 1.0)
-    return tf.where(visible, ratio, 0.0)
-
-
 def is_exact(sums, sees):
     """Whether no row that sees a key came near underflow."""
     exact = tf.stop_gradient(sums[..., -1:]) > _UNDERFLOW
