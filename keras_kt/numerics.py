@@ -1,4 +1,4 @@
-"""Numbers that must be right: precise products, sines, safe ratios."""
+"""Numbers that must be right: precise products, and sines."""
 
 import math
 
