@@ -47,10 +47,6 @@ def times_as_fast(row):
     )
 
 
-def language(column, attention="normal:positive", flags=""):
-    return mean("experiments", attention, flags, column, task="language")
-
-
 def look_up(attention, key_dim):
     flags = "--num-features 128"
     return mean("narrow_heads", attention, flags, key_dim=key_dim)
