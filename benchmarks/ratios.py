@@ -69,6 +69,7 @@ def main():
     record = json.loads(path.read_text()) if path.exists() else {}
     record["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
     record["tensorflow"] = tf.__version__
+    rows = {"short": short_rows, "options": options_rows, "steps": steps_rows}
     for section in args.sections:
         record[section] = {
             "arguments": {
@@ -76,7 +77,7 @@ def main():
                 for k, v in vars(args).items()
                 if k not in ("output", "sections")
             },
-            "rows": list(globals()[f"{section}_rows"](args)),
+            "rows": list(rows[section](args)),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
@@ -174,10 +175,8 @@ def steps_rows(args):
                 lambda *_: True, step, (x, state), maximum_iterations=args.steps
             )[0]
 
-        def products(x, batch=batch):
-            return numpy_products(x.numpy(), args.steps)
-
         runs = {"ours": stream}
+        products = numpy_products(x.numpy(), args.steps)
         times = in_turn(runs, [x], args, {"NumPy": products})
         # In milliseconds of a token, not of the loop.
         times = {
@@ -195,26 +194,45 @@ def steps_rows(args):
 
 
 def numpy_products(x, steps):
-    """The products of a token of 8 heads of 64, as often: its floor."""
+    """The products of a token of 8 heads of 64, as often: its floor.
+
+    Args:
+        x: `(batch, 1, 512)`.
+        steps: how often.
+
+    Returns:
+        A function without arguments, of which weights are no part.
+    """
     rng = np.random.default_rng(1)
     batch = x.shape[0]
     weights = rng.normal(size=(4, 512, 512), scale=0.04).astype("float32")
     omega = rng.normal(size=(8, 64, 64), scale=0.1).astype("float32")
     state = np.zeros((batch, 8, 65, 128), "float32")
     ones = np.ones((batch, 8, 1), "float32")
-    y = x[:, 0]
-    for _ in range(steps):
-        query, key, value = ((y @ w).reshape(batch, 8, 64) for w in weights[:3])
-        query, key = (
-            np.matmul(z.transpose(1, 0, 2), omega).transpose(1, 0, 2)
-            for z in (query, key)
-        )
-        query, key = (np.concatenate([z, -z], -1) for z in (query, key))
-        value = np.concatenate([value, ones], -1)
-        state += value[..., np.newaxis] * key[:, :, np.newaxis]
-        read = np.matmul(state, query[..., np.newaxis])[:, :, :64, 0]
-        y = 1e-3 * read.reshape(batch, 512) @ weights[3]
-    return tf.constant(y)
+
+    def run():
+        y = x[:, 0]
+        state[...] = 0.0
+        for _ in range(steps):
+            query, key, value = (
+                (y @ w).reshape(batch, 8, 64) for w in weights[:3]
+            )
+            query, key = (
+                np.matmul(z.transpose(1, 0, 2), omega).transpose(1, 0, 2)
+                for z in (query, key)
+            )
+            query, key = (np.concatenate([z, -z], -1) for z in (query, key))
+            value = np.concatenate([value, ones], -1)
+            np.add(
+                state,
+                value[..., np.newaxis] * key[:, :, np.newaxis],
+                out=state,
+            )
+            read = np.matmul(state, query[..., np.newaxis])[:, :, :64, 0]
+            y = 1e-3 * read.reshape(batch, 512) @ weights[3]
+        return tf.constant(y)
+
+    return run
 
 
 def in_turn(runs, inputs, args, plain=()):
@@ -222,9 +240,9 @@ def in_turn(runs, inputs, args, plain=()):
 
     Args:
         runs: functions by name, which TensorFlow compiles.
-        inputs: what all are called with.
+        inputs: what they are called with.
         args: of the command line.
-        plain: functions by name, called as they are.
+        plain: functions by name, called as they are, without arguments.
 
     Returns:
         Seconds by name and mode.
@@ -235,7 +253,7 @@ def in_turn(runs, inputs, args, plain=()):
             compiled = tf.function(run, jit_compile=jit, autograph=False)
             calls[name, mode] = lambda run=compiled: run(*inputs)
     for name, run in dict(plain).items():
-        calls[name, ""] = lambda run=run: run(*inputs)
+        calls[name, ""] = run
     for _ in range(3):
         _, seconds = measure(calls, args.repeats)
         spread = float(

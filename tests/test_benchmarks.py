@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
-from benchmarks import approximation, gallery, long_stream
+from benchmarks import approximation, gallery, long_stream, ratios
 from benchmarks.attention import report, timing
 from tests.helpers import toys
 from tests.helpers.scripts import command
@@ -69,6 +69,35 @@ def test_slow_columns_stop_early_and_others_do_not():
         "b": 2,
     }
     assert set(first) == {"a", "b"}
+
+
+def test_what_memory_does_not_suffice_for_is_left_out(capsys):
+    def too_large():
+        raise tf.errors.ResourceExhaustedError(None, None, "8 GiB")
+
+    runs = {"a": too_large, "b": lambda: tf.constant(0.0)}
+    first, seconds = timing.measure(runs, 2)
+    assert set(first) == set(seconds) == {"b"} and len(seconds["b"]) == 2
+    assert "a: memory does not suffice" in capsys.readouterr().out
+
+
+def test_tables_of_ratios_come_from_the_record():
+    path = ROOT / "results" / "ratios.json"
+    table = ratios.tables(json.loads(path.read_text()))
+    assert table == path.with_suffix(".md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread, code", [("9", 0), ("-1", 1)])
+def test_ratios_are_written_unless_times_spread(spread, code, tmp_path):
+    done = command(
+        *("-m", "benchmarks.ratios", "--heads", "2x4", "--lengths", 16),
+        *("--tokens", 32, "--core-length", 32, "--batches", 1, "--steps", 4),
+        *("--repeats", 3, f"--spread={spread}", "--output", tmp_path / "x"),
+    )
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "x.md").exists() == (not code)
+    assert not code or "does other work" in done.stderr
 
 
 @pytest.mark.slow
