@@ -88,7 +88,7 @@ def add_arguments(parser):
         help="of positive maps",
     )
     add("--smoothing", type=float, help="of trigonometric maps")
-    add("--qk-norm", choices=("auto", "l2", "none"), help="of both")
+    add("--qk-norm", choices=("auto", "l2", "weighted", "none"), help="of both")
     add("--redraw", choices=("step",), help="fresh frequencies")
 
 

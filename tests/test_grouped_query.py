@@ -275,6 +275,7 @@ def test_as_many_heads_of_each_are_kernelized_attention(options, causal):
     (
         {},
         {"feature_map": "trigonometric"},
+        {"feature_map": "trigonometric", "qk_norm": "weighted"},
         {"decay": "gated", "near_field": 3, "rotary_max_wavelength": 30.0},
         {"sliding_window": 3, "rotary_max_wavelength": 30.0},
     ),

@@ -66,9 +66,10 @@ def with_gradients(layer, tensors, **call):
     (
         ({"qk_norm": "l2"}, {"use_causal_mask": True}),
         ({"feature_map": "trigonometric", "spectral_prior": "mixture"}, {}),
+        ({"feature_map": "trigonometric", "qk_norm": "weighted"}, {}),
         ({"decay": "constant", "near_field": 3}, {}),
     ),
-    ids=("causal", "trigonometric", "distance"),
+    ids=("causal", "trigonometric", "weighted", "distance"),
 )
 def test_contract(arguments, call, tmp_path):
     is_signed = "feature_map" in arguments
@@ -224,6 +225,7 @@ def test_scores_of_grouped_heads_weigh_their_values():
     (
         {},
         {"feature_map": "trigonometric"},
+        {"feature_map": "trigonometric", "qk_norm": "weighted"},
         {"decay": "gated"},
         {"near_field": 3, "decay": "constant", "qk_norm": "l2"},
     ),
@@ -272,6 +274,7 @@ def test_a_state_resumes_as_arrays_and_under_xla():
         ({}, {"use_causal_mask": True}),
         ({"implementation": "quadratic"}, {}),
         ({"feature_map": "trigonometric"}, {}),
+        ({"feature_map": "trigonometric", "qk_norm": "weighted"}, {}),
         ({"decay": "gated", "near_field": 3}, {"use_causal_mask": True}),
         ({"decay": "gated", "near_field": 3}, {}),
     ),

@@ -163,7 +163,8 @@ def _sums_findings(path, sums):
                 f"to less than one, the least to {least:.2g}: their signed "
                 "normalizers are near zero or negative, and guarded",
                 "Outputs of these queries are scaled down: raise `smoothing` "
-                "or `num_features`, use qk_norm='l2', or positive features",
+                "or `num_features`, leave qk_norm at 'auto', or use positive "
+                "features",
             )
 
 

@@ -36,6 +36,8 @@ class FeatureMap(Recipe):
     is_softmax = False
     # Whether a layer's `qk_norm="auto"` is "l2".
     needs_unit_norm = False
+    # Whether its bound maps have `weighing_keys`, for `qk_norm="weighted"`.
+    can_weigh_keys = False
 
     def num_frequencies(self, num_features: int) -> int:
         """Frequencies that give `num_features` features."""
@@ -60,8 +62,15 @@ class FeatureMap(Recipe):
         # AutoGraph, which drops docstrings, fails on a body that has no more.
         return None
 
-    def initial_temperature(self, head_dim: int) -> float:
-        """At which the temperature of normalized queries and keys starts."""
+    def initial_temperature(
+        self, head_dim: int, *, weighs_keys: bool = False
+    ) -> float:
+        """At which the temperature of normalized queries and keys starts.
+
+        Args:
+            head_dim: of queries and keys.
+            weighs_keys: whether keys weigh by their length as well.
+        """
         return 1.0
 
     def build(self, num_heads):

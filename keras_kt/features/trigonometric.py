@@ -13,6 +13,8 @@ from keras_kt.priors import Frequencies
 
 # Lost in the rounding of any smoothing that matters.
 _LEAST_SMOOTHING = 1e-12
+# Of a key of length zero, lest a sequence of such keys weigh nothing.
+_LEAST_WEIGHT = 1e-4
 
 
 class TrigonometricMap(NamedTuple):
@@ -23,12 +25,25 @@ class TrigonometricMap(NamedTuple):
         amplitudes: `(heads, 1, num_frequencies)`.
         smoothing: `(heads, 1, 1)`, the constant that the kernel gains.
         key_projection: like `projection`, where that of keys is another.
+        temperature: `(heads, 1, 1)`, where keys weigh by their length; else
+            `None`.
     """
 
     projection: tf.Tensor
     amplitudes: tf.Tensor
     smoothing: tf.Tensor
     key_projection: tf.Tensor | None = None
+    temperature: tf.Tensor | None = None
+
+    def weighing_keys(self, temperature: tf.Tensor) -> "TrigonometricMap":
+        """The map that takes the length of a key for its weight.
+
+        A key k weighs as √τ k/|k| does, (|k|²/τ)² times.
+
+        Args:
+            temperature: τ of each head, `(heads, 1)`.
+        """
+        return self._replace(temperature=temperature[..., tf.newaxis])
 
     @property
     def positive(self) -> bool:
@@ -45,9 +60,13 @@ class TrigonometricMap(NamedTuple):
 
     def keys(self, x: tf.Tensor) -> tf.Tensor:
         """Features of keys."""
-        if self.key_projection is not None:
-            return self._features(x, self.key_projection)
-        return self._features(x, self.projection)
+        projection = self.key_projection
+        if projection is None:
+            projection = self.projection
+        if self.temperature is None:
+            return self._features(x, projection)
+        x, weights = part_from_length(x, self.temperature)
+        return self._features(x, projection) * weights
 
     def _features(self, x, projection):
         angles = precise_product(x, projection)
@@ -57,6 +76,21 @@ class TrigonometricMap(NamedTuple):
             [self.amplitudes * cosine, self.amplitudes * sine, constant],
             axis=-1,
         )
+
+
+def part_from_length(
+    x: tf.Tensor, temperature: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Keys of length √τ, and what they weigh beside others by their own.
+
+    Args:
+        x: `(…, head_dim)`.
+        temperature: τ, of the shape of `x` or broadcast to it.
+    """
+    square = tf.reduce_sum(tf.square(x), axis=-1, keepdims=True)
+    # No square root of zero, whose gradient is infinite.
+    scale = tf.math.rsqrt(tf.maximum(square / temperature, 1e-12))
+    return x * scale, tf.square(square / temperature) + _LEAST_WEIGHT
 
 
 @keras.saving.register_keras_serializable(package="keras_kt")
@@ -85,6 +119,7 @@ class TrigonometricFeatures(FeatureMap):
     sides = 2
     is_shift_invariant = True
     needs_unit_norm = True
+    can_weigh_keys = True
 
     def __init__(
         self, smoothing: float = 0.1, *, trainable: bool = True, **kwargs: Any
@@ -92,10 +127,14 @@ class TrigonometricFeatures(FeatureMap):
         super().__init__(trainable=trainable, **kwargs)
         self.smoothing = _checks.number("smoothing", smoothing, is_open=True)
 
-    def initial_temperature(self, head_dim: int) -> float:
+    def initial_temperature(
+        self, head_dim: int, *, weighs_keys: bool = False
+    ) -> float:
         # Cosines of random directions deviate by head_dim^(-1/2), so that
         # logits deviate by 8^(-1/2) at any width: 2 at 32, 0.7 at 4.
-        return math.sqrt(head_dim / 8.0)
+        start = math.sqrt(head_dim / 8.0)
+        # Lengths tell keys apart already (docs/experiments.md, images).
+        return 0.3 * start if weighs_keys else start
 
     def build(self, num_heads):
         raw = self.smoothing + math.log(-math.expm1(-self.smoothing))

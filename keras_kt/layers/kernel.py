@@ -14,7 +14,7 @@ from keras_kt.layers.scaling import Decay, UnitNorm, checked_rates
 from keras_kt.priors import SpectralPrior
 
 REDRAWS = ("never", "step")
-QK_NORMS = ("auto", None, "l2")
+QK_NORMS = ("auto", None, "l2", "weighted")
 DECAYS = (None, "constant", "gated")
 _COUNT = functools.partial(_checks.integer, optional=True)
 # Which check the value of an argument has to pass, to leave as plain Python.
@@ -36,7 +36,7 @@ NORMS_WARNING = (
     "Trigonometric features train badly where queries and keys are not "
     "normalized: in a study of look-ups 0.36, 0.95 and 0.37 of the answers "
     "were right at three seeds, and 0.97 at each where they are. Received: "
-    'qk_norm=None. Leave it at "auto", or use "l2".'
+    'qk_norm=None. Leave it at "auto", or use "l2" or "weighted".'
 )
 
 
@@ -84,6 +84,7 @@ class LearnedKernel(keras.layers.Layer):
         )
         self.unit_norm = self.decay_rates = None
         self._warned_of_norms = False
+        self._check_norm()
         self._check_near_field()
         self._check_redraw()
 
@@ -112,10 +113,24 @@ class LearnedKernel(keras.layers.Layer):
         """
         return self.unit_norm and self.unit_norm.temperature
 
+    @property
+    def weighs_keys(self) -> bool:
+        """Whether keys weigh by their length, and `scaled` leaves it to them."""
+        return self.qk_norm == "weighted"
+
     def _has_unit_norm(self):
         if self.qk_norm == "auto":
             return self.feature_map.needs_unit_norm
-        return self.qk_norm == "l2"
+        return self.qk_norm is not None
+
+    def _check_norm(self):
+        if self.weighs_keys and not self.feature_map.can_weigh_keys:
+            raise ValueError(
+                '`qk_norm="weighted"` needs trigonometric features. Received: '
+                f"qk_norm={self.qk_norm!r} with "
+                f"{type(self.feature_map).__name__}, in which long keys weigh "
+                'more as they are. Leave `qk_norm` out, or use "l2".'
+            )
 
     def _resolved_features(self):
         if self.num_features is not None:
@@ -182,7 +197,9 @@ class LearnedKernel(keras.layers.Layer):
         self._feature_map.validate(self._spectral_prior)
         if self._has_unit_norm():
             self.unit_norm = UnitNorm(
-                self.feature_map.initial_temperature(self.key_dim),
+                self.feature_map.initial_temperature(
+                    self.key_dim, weighs_keys=self.weighs_keys
+                ),
                 self.spectral_pace,
                 name="qk_norm",
             )
@@ -215,6 +232,8 @@ class LearnedKernel(keras.layers.Layer):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Heads as the kernel takes them: scaled, or normalized by `qk_norm`.
 
+        Keys that weigh by their length (`weighs_keys`) have it here, too.
+
         Args:
             query: `(batch, query_length, heads, key_dim)`.
             key: `(batch, key_length, heads, key_dim)`.
@@ -235,10 +254,7 @@ class LearnedKernel(keras.layers.Layer):
         logarithms of features where its `positive` is true. Needs a built
         layer.
         """
-        return self.feature_map.bind(
-            self.spectral_prior.stored_frequencies(),
-            is_absolute=self.near_field is not None,
-        )
+        return self._bind(self.spectral_prior.stored_frequencies())
 
     def exact_kernel(self) -> Any:
         """The kernel of `scaled` heads in closed form, an `ExactKernel`.
@@ -262,9 +278,12 @@ class LearnedKernel(keras.layers.Layer):
 
     def _normalized(self, query, key):
         """Heads, and the factor of both that `scaled` applies."""
-        if self.unit_norm is not None:
-            return self.unit_norm(query), self.unit_norm(key), 1.0
-        return query, key, self.key_dim**-0.25
+        if self.unit_norm is None:
+            return query, key, self.key_dim**-0.25
+        query = self.unit_norm(query)
+        if self.weighs_keys:
+            return query, self.unit_norm.keys_with_length(key), 1.0
+        return query, self.unit_norm(key), 1.0
 
     def kernel_inputs(self, query, key, training=False):
         """What `ops.attend` takes: heads, and the bound map that scales them.
@@ -296,10 +315,15 @@ class LearnedKernel(keras.layers.Layer):
                 self.near_field or self.sliding_window,
                 has_far=self.sliding_window is None,
             )
-        feature_map = self._feature_map.bind(
+        return self._bind(frequencies, scale), near
+
+    def _bind(self, frequencies, scale=1.0):
+        bound = self.feature_map.bind(
             frequencies, scale, is_absolute=self.near_field is not None
         )
-        return feature_map, near
+        if self.weighs_keys:
+            return bound.weighing_keys(self.unit_norm.temperature)
+        return bound
 
     def _warn_of_norms(self):
         if self._warned_of_norms or self.unit_norm is not None:

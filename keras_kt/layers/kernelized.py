@@ -58,6 +58,10 @@ class Kernelized(keras.Layer):
     temperature = _of_heads(
         "temperature", "What a norm of queries and keys has learned, or `None`."
     )
+    weighs_keys = _of_heads(
+        "weighs_keys",
+        "Whether keys weigh by their length, and `scaled` leaves it to them.",
+    )
     state_shapes = _of_heads(
         "state_shapes",
         "Shapes of the state's tensors, as a state; `None` for the batch.",

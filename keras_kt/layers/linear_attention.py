@@ -65,9 +65,11 @@ class LinearAttention(HeadStream):
         num_features: D, the width of φ. Defaults to a whole block of orthogonal
             frequencies for each component: 2 · key_dim · components.
         qk_norm: `None` scales queries and keys by key_dim^(-1/4) each; `"l2"`
-            normalizes them and learns a temperature per head. `"auto"`
-            (default) is `"l2"` with trigonometric features, which do not train
-            without, and `None` with positive ones, which it hurts.
+            normalizes them and learns a temperature per head; `"weighted"`
+            does so too, and weighs each key by a power of its length, so that
+            some keys matter more than others to any query; for trigonometric
+            features. `"auto"` (default) is `"l2"` with these, which do not
+            train without, and `None` with positive ones, which it hurts.
         redraw: `"never"` (default): one stored draw, a weight. `"step"`: fresh
             noise at every training step.
         implementation: `"auto"` (default) is linear, except where a call needs

@@ -37,6 +37,10 @@ class UnitNorm(PacedLayer):
             scale = tf.repeat(scale, heads // scale.shape[0], axis=0)
         return tf.math.l2_normalize(x, axis=-1) * scale
 
+    def keys_with_length(self, x):
+        """√(τ/dim) x: keys whose length is their weight, by one on average."""
+        return x * tf.sqrt(self.temperature / x.shape[-1])
+
 
 class Decay(keras.layers.Layer):
     """λ = softplus(w·x + b) per head, with w = 0 if the decay is constant.

@@ -296,6 +296,6 @@ def _by_signed_features(query, key, seen, log_fading):
     if log_fading is not None:
         shares *= tf.exp(log_fading)
     weights = tf.matmul(query, key, transpose_b=True) * shares
-    count = tf.reduce_sum(shares, axis=-1, keepdims=True)
-    # Of the query, whose last axis has a static size.
-    return weights, count + tf.zeros_like(query[..., :1]), True
+    # Of keys that weigh one; the last feature is a constant.
+    count = tf.matmul(shares, key[..., -1:]) / query[..., -1:]
+    return weights, count, True

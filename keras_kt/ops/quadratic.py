@@ -174,8 +174,11 @@ def _signed_scores(query, key, visible, log_fading):
     if log_fading is not None:
         shares = tf.exp(log_fading)
     shares = _seen(shares, visible)
-    count = tf.reduce_sum(shares, axis=-1, keepdims=True)
-    return scores * shares, count + tf.zeros_like(query[..., :1])
+    # Of keys that weigh one; the last feature is a constant.
+    count = tf.reduce_sum(
+        shares * tf.linalg.matrix_transpose(key[..., -1:]), -1, keepdims=True
+    )
+    return scores * shares, count / query[..., -1:]
 
 
 def _log_fading(decay, query_length):
