@@ -13,6 +13,7 @@ ours with its own kernel formed explicitly.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -91,17 +92,21 @@ def main():
         "keras": keras.__version__,
         "errors": check_agreement(args),
     }
-    if not args.no_timings:
-        record["timings"] = timings(args)
-    if args.memory:
-        print("\npeak memory, core, forward + backward, batch 1")
-        record["memory"] = memory(args)
-    if args.decode:
-        record["decode"] = decode(args)
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(report.dumps(record))
-    path.with_suffix(".md").write_text(report.tables(record))
+
+    def save(name, found):
+        record[name] = found
+        path.with_suffix(".json").write_text(report.dumps(record))
+        path.with_suffix(".md").write_text(report.tables(record))
+
+    if not args.no_timings:
+        timings(args, functools.partial(save, "timings"))
+    if args.memory:
+        print("\npeak memory, core, forward + backward, batch 1")
+        save("memory", memory(args))
+    if args.decode:
+        save("decode", decode(args))
     print(f"wrote {path.with_suffix('.json')} and {path.with_suffix('.md')}")
     report.draw(record, path)
 

@@ -97,7 +97,13 @@ def wait(outputs):
             ]
 
 
-def timings(args):
+def timings(args, save):
+    """Rows of all levels.
+
+    Args:
+        save: function of the rows so far, called after each length: a run of
+            half an hour may end before its time.
+    """
     rows = []
     for level in args.levels:
         for length in args.lengths:
@@ -122,6 +128,7 @@ def timings(args):
                 )
             print_table(rows, level, length)
             print_compilation(rows, level, length)
+            save(rows)
             keras.backend.clear_session()
     return rows
 

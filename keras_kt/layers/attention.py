@@ -52,8 +52,9 @@ class KernelizedAttention(TokenAttention):
         num_features: D, the width of φ. Defaults to 2 · key_dim · components.
         qk_norm: `None` scales queries and keys as `MultiHeadAttention` does;
             `"l2"` normalizes them and learns a temperature per head;
-            `"weighted"` does so too, and weighs each key by its length. `"auto"`
-            (default) is `"l2"` for trigonometric features, else `None`.
+            `"weighted"` does so too, and weighs each key by its length.
+            `"auto"` (default) is `"l2"` for trigonometric features, else
+            `None`.
         redraw: `"never"` (default): one stored draw, a weight. `"step"`: fresh
             noise at every training step, and the stored draw for all else.
         implementation: `"auto"` (default) is linear, except where a call needs

@@ -115,7 +115,7 @@ class LearnedKernel(keras.layers.Layer):
 
     @property
     def weighs_keys(self) -> bool:
-        """Whether keys weigh by their length, and `scaled` leaves it to them."""
+        """Whether keys weigh by their length, which `scaled` leaves them."""
         return self.qk_norm == "weighted"
 
     def _has_unit_norm(self):

@@ -60,7 +60,7 @@ class Kernelized(keras.Layer):
     )
     weighs_keys = _of_heads(
         "weighs_keys",
-        "Whether keys weigh by their length, and `scaled` leaves it to them.",
+        "Whether keys weigh by their length, which `scaled` leaves them.",
     )
     state_shapes = _of_heads(
         "state_shapes",
