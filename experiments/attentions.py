@@ -35,9 +35,14 @@ PRIOR_FLAGS = {
     "untied": ("empirical",),
 }
 MAP_FLAGS = {"prefactor": ("positive",), "smoothing": ("trigonometric",)}
-# Flags of PRIOR:MAP, and those of every attention with a kernel.
-KERNEL_FLAGS = (*PRIOR_FLAGS, *MAP_FLAGS, "qk_norm", "redraw")
-LAYER_FLAGS = ("num_features", "spectral_pace", "decay", "near_field")
+# Of every attention with a kernel.
+LAYER_FLAGS = (
+    "num_features",
+    "qk_norm",
+    "spectral_pace",
+    "decay",
+    "near_field",
+)
 # All of them, in the order of records: new ones must not part old ones.
 FLAGS = (
     "num_features",
@@ -68,6 +73,8 @@ def add_arguments(parser):
     layer = parser.add_argument_group("of any kernelized attention")
     add = layer.add_argument
     add("--num-features", type=int, help="of each head")
+    norms = ("auto", "l2", "weighted", "none")
+    add("--qk-norm", choices=norms, help="of queries and keys")
     add("--spectral-pace", type=float, help="of the kernel's parameters")
     add("--decay", choices=("constant", "gated"), help="of distant keys")
     add("--near-field", type=int, help="tokens")
@@ -88,7 +95,6 @@ def add_arguments(parser):
         help="of positive maps",
     )
     add("--smoothing", type=float, help="of trigonometric maps")
-    add("--qk-norm", choices=("auto", "l2", "weighted", "none"), help="of both")
     add("--redraw", choices=("step",), help="fresh frequencies")
 
 
@@ -162,14 +168,13 @@ def layer_arguments(name, args, key_dim):
     if name == "softmax":
         return None
     layer = {flag: given[flag] for flag in LAYER_FLAGS if flag in given}
+    if layer.get("qk_norm") == "none":
+        layer["qk_norm"] = None
     if is_system(name):
         kind, _, system = name.rpartition(":")
         mended = {"mended": True} if kind else {}
         return keras_kt.paper_system(system, key_dim, **mended) | layer
     prior, _, feature_map = name.partition(":")
-    if "qk_norm" in given:
-        norm = given["qk_norm"]
-        layer["qk_norm"] = None if norm == "none" else norm
     if "redraw" in given:
         layer["redraw"] = given["redraw"]
     return {

@@ -42,6 +42,9 @@ def test_flags_reach_prior_map_and_layer():
     keras_kt.KernelizedAttention(2, 8, **made)
     assert options("normal:positive --qk-norm l2")["qk_norm"] == "l2"
     assert options("normal:trigonometric --qk-norm auto")["qk_norm"] == "auto"
+    for name in ("normal:trigonometric", "mended:GMM-RKS"):
+        assert options(f"{name} --qk-norm weighted")["qk_norm"] == "weighted"
+        assert options(f"{name} --qk-norm none")["qk_norm"] is None
 
 
 def test_empirical_priors_are_tied_or_not():
@@ -77,7 +80,7 @@ def test_systems_come_as_published_and_mended_and_take_a_d():
         "GMM-PRF --scale-spread 2",
         "normal:self --untied",
         "normal:self --prefactor self",
-        "mended:GMM-RKS --qk-norm l2",
+        "mended:GMM-RKS --redraw step",
         "normal:positive --smoothing 0.1",
     ],
 )
