@@ -26,6 +26,7 @@ def test_trigonometric_features_are_normalized_and_positive_ones_not():
         # Its head_dim is 8.
         ({"feature_map": "trigonometric"}, 1.0),
         ({"feature_map": "trigonometric", "qk_norm": "l2"}, 1.0),
+        ({"feature_map": "trigonometric", "qk_norm": "weighted"}, 0.3),
         ({"qk_norm": "l2"}, 1.0),
     ):
         temperature = make(**options).temperature
@@ -52,14 +53,20 @@ def test_training_without_a_norm_warns_once():
         make(feature_map="trigonometric", qk_norm=None)(x, x)
 
 
-def kernel_of(key_dim, num_features, seed, temperature=None, length=64):
-    """k̂ of queries and keys of a layer, `(1, heads, length, length)`."""
+def kernel_of(
+    key_dim, num_features, seed, temperature=None, length=64, qk_norm="auto"
+):
+    """k̂ of queries and keys of a layer, `(1, heads, length, length)`.
+
+    Over the mean weight of keys, where they weigh by their length.
+    """
     keras.utils.set_random_seed(seed)
     layer = keras_kt.LinearAttention(
         4,
         key_dim,
         num_features=num_features,
         feature_map="trigonometric",
+        qk_norm=qk_norm,
         seed=seed,
     )
     q, k = (array((1, length, 4, key_dim), seed=2 * seed + i) for i in (0, 1))
@@ -70,14 +77,20 @@ def kernel_of(key_dim, num_features, seed, temperature=None, length=64):
         layer.unit_norm.assign_value(weight, np.full(weight.shape, raw))
     bound = layer.bound()
     q, k = (np.swapaxes(x, 1, 2) for x in layer.scaled(q, k))
-    return np.matmul(bound.queries(q), np.swapaxes(bound.keys(k), 2, 3))
+    q, k = bound.queries(q), bound.keys(k)
+    # The last feature is a constant, times the key's weight.
+    weight = k[..., -1:] / q[..., -1:]
+    return np.matmul(
+        q, np.swapaxes(k / np.mean(weight, 2, keepdims=True), 2, 3)
+    )
 
 
+@pytest.mark.parametrize("qk_norm", ("l2", "weighted"))
 @pytest.mark.parametrize("key_dim, blocks", [(2, 4), (8, 2), (64, 1)])
-def test_rows_sum_to_one_at_the_start(key_dim, blocks):
+def test_rows_sum_to_one_at_the_start(key_dim, blocks, qk_norm):
     """None of 20 seeds has a normalizer that is guarded."""
     for seed in range(20):
-        kernel = kernel_of(key_dim, 2 * key_dim * blocks, seed)
+        kernel = kernel_of(key_dim, 2 * key_dim * blocks, seed, qk_norm=qk_norm)
         # The guard acts below a hundredth of the number of keys.
         assert kernel.mean(-1).min() > 1e-2
 
