@@ -73,7 +73,7 @@ def tables(rows):
     for task, systems in tasks.items():
         lines += grids.table(task, [r for rs in systems.values() for r in rs])
         first = next(iter(systems.values()))[0]
-        floor = to_beat(task)
+        floor = to_beat(task, first.get("sizes", ""))
         lines += [
             f"## {plots.title(first)}",
             "",

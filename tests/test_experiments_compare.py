@@ -5,6 +5,7 @@ import pytest
 
 from benchmarks import overview
 from benchmarks.attention import report
+from experiments import tasks
 from tests.helpers.scripts import ROOT, experiment, script
 from tests.helpers.studies import rows
 
@@ -235,3 +236,10 @@ def test_the_first_picture_is_drawn_from_results():
     )
     assert list(learned[0].get_xdata()) == [2, 4, 8, 16, 32]
     pyplot.close("all")
+
+
+def test_what_is_to_beat_belongs_to_the_presets_data():
+    assert "0.320" in tasks.to_beat("listops")
+    assert "0.320" in tasks.to_beat("listops", "--key-dim 4")
+    assert not tasks.to_beat("listops", "--min-length 30 --length 110")
+    assert not tasks.to_beat("a task of one's own")
