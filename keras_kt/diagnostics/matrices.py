@@ -16,7 +16,6 @@ from keras_kt.conversion.softmax import (
     visible_pairs,
 )
 from keras_kt.diagnostics.record import recorded
-from keras_kt.features.trigonometric import part_from_length
 
 
 class AttentionMap(NamedTuple):
@@ -108,13 +107,14 @@ def _closed_form_map(layer, call):
     if layer.decay or layer.near_field or call["query"].shape.rank != 4:
         return None
     query, key = layer.scaled(call["query"], call["key"], call.get("key_mask"))
-    weights = np.ones((*key.shape[:3], 1))
-    if layer.weighs_keys:
-        key, weights = part_from_length(key, layer.temperature)
     visible = visible_pairs(layer, call).numpy()
-    maps = []
-    for q, k, w, seen in zip(query, key, weights, visible, strict=True):
-        q, k, w = (np.swapaxes(x, 0, 1) for x in (q, k, w))
+    maps, bound = [], layer.bound()
+    for q, k, seen in zip(query, key, visible, strict=True):
+        q, k = (np.swapaxes(x, 0, 1) for x in (q, k))
+        weights = 1.0
+        if layer.weighs_keys:
+            k, weights = (x.numpy() for x in bound.directions(k))
+            weights = np.swapaxes(weights, 1, 2)
         try:
             kernel = kernels.closed_form(
                 layer.spectral_prior, layer.feature_map, q, k
@@ -122,6 +122,6 @@ def _closed_form_map(layer, call):
         except ValueError:
             return None
         values = np.zeros((layer.num_heads, k.shape[1], 1))
-        kernel *= np.swapaxes(w, 1, 2)
+        kernel *= weights
         maps.append(kernels.kernel_attention(kernel, values, seen)[1])
     return np.stack(maps)

@@ -65,8 +65,16 @@ class TrigonometricMap(NamedTuple):
             projection = self.projection
         if self.temperature is None:
             return self._features(x, projection)
-        x, weights = part_from_length(x, self.temperature)
+        x, weights = self.directions(x)
         return self._features(x, projection) * weights
+
+    def directions(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Keys of length √τ, and what they weigh by their own, `(…, 1)`."""
+        square = tf.reduce_sum(tf.square(x), axis=-1, keepdims=True)
+        square /= self.temperature
+        # No square root of zero, whose gradient is infinite.
+        scale = tf.math.rsqrt(tf.maximum(square, 1e-12))
+        return x * scale, tf.square(square) + _LEAST_WEIGHT
 
     def _features(self, x, projection):
         angles = precise_product(x, projection)
@@ -76,21 +84,6 @@ class TrigonometricMap(NamedTuple):
             [self.amplitudes * cosine, self.amplitudes * sine, constant],
             axis=-1,
         )
-
-
-def part_from_length(
-    x: tf.Tensor, temperature: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Keys of length √τ, and what they weigh beside others by their own.
-
-    Args:
-        x: `(…, head_dim)`.
-        temperature: τ, of the shape of `x` or broadcast to it.
-    """
-    square = tf.reduce_sum(tf.square(x), axis=-1, keepdims=True)
-    # No square root of zero, whose gradient is infinite.
-    scale = tf.math.rsqrt(tf.maximum(square / temperature, 1e-12))
-    return x * scale, tf.square(square / temperature) + _LEAST_WEIGHT
 
 
 @keras.saving.register_keras_serializable(package="keras_kt")
