@@ -98,7 +98,7 @@ def wait(outputs):
 
 
 def timings(args, save):
-    """Rows of all levels.
+    """Measures all levels.
 
     Args:
         save: function of the rows so far, called after each length: a run of
@@ -130,7 +130,6 @@ def timings(args, save):
             print_compilation(rows, level, length)
             save(rows)
             keras.backend.clear_session()
-    return rows
 
 
 def print_table(rows, level, length):

@@ -126,7 +126,8 @@ class TrigonometricFeatures(FeatureMap):
         # Cosines of random directions deviate by head_dim^(-1/2), so that
         # logits deviate by 8^(-1/2) at any width: 2 at 32, 0.7 at 4.
         start = math.sqrt(head_dim / 8.0)
-        # Lengths tell keys apart already (docs/experiments.md, images).
+        # Lengths tell keys apart already (better than 1 in a trial on images,
+        # one seed).
         return 0.3 * start if weighs_keys else start
 
     def build(self, num_heads):
