@@ -220,7 +220,8 @@ def test_pretraining_is_a_task_of_its_own_in_the_report():
     "flags",
     [
         "--attention softmax --decay constant",
-        "--attention GMM-PRF --qk-norm l2",
+        "--attention softmax --qk-norm l2",
+        "--attention GMM-PRF --prefactor self",
         "--attention normal:positive --components 3",
     ],
 )
