@@ -14,13 +14,14 @@ PACKAGE = ROOT / "keras_kt"
 # axes, `priors`, `features` and `ops`, meet in `layers`.
 MAY_IMPORT = {
     "_checks": set(),
+    "shared_traces": set(),
     "written_gradients": set(),
     "numerics": {"written_gradients"},
     "_pace": set(),
     "_recipe": {"_checks", "_pace"},
     "priors": {"_checks", "_recipe"},
     "features": {"_checks", "_recipe", "numerics", "priors"},
-    "ops": {"numerics", "written_gradients"},
+    "ops": {"numerics", "shared_traces", "written_gradients"},
     "layers": {"_checks", "_pace", "features", "ops", "priors"},
     "kernels": set(),
     "systems": {"_checks", "features", "priors"},

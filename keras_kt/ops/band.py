@@ -7,6 +7,7 @@ O(length · window) time; in memory is one block, for the gradient too, which
 finds each ring again in the keys.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -58,30 +59,20 @@ def attend(
     if fades:
         inputs.append(decay)
     of_tokens = blocks.of_band(inputs[0], window, key_mask)
-    rows = _Rows(window, strict, repeats)
-
-    def with_weights(weigh):
-        def block(tokens, keep, ring, _, rule):
-            sums, ring, exact = rows.attend(weigh, rule, tokens, keep, ring)
-            # One result, since LiteRT takes the arrays of two for one.
-            joined = tf.concat(list(sums), axis=-1)
-            return [heads.join_rows(joined, repeats)], ring, exact
-
-        return block
-
+    rows = _Rows(weigh, window, strict, repeats)
     key_ring, *ring = [swap_heads(x) for x in past[: 2 + fades]]
     ring.append(past[3][:, tf.newaxis, :, tf.newaxis])
     order = None
     if key_mask is not None:
         order = visible_tokens.visible_order(key_mask)
     (joined,), _ = scan(
-        with_weights(weigh),
+        rows,
         inputs,
         of_tokens,
         results=1,
         carry=[rule.keys(key_ring), *ring],
         constants=rule,
-        otherwise=otherwise and with_weights(otherwise),
+        otherwise=otherwise and rows._replace(weigh=otherwise),
         recall=_Recall(of_tokens, order, window, rule),
     )
     joined = heads.unshare(joined, repeats)
@@ -125,27 +116,27 @@ class _Rows(NamedTuple):
     """Attention of the rows of one block.
 
     Attributes:
+        weigh: function of what the rule makes of queries and keys, of which
+            pairs are seen, and of the logarithm of what fading leaves; it gives
+            weights, their scale or count as in `Sums`, and whether it is exact.
         window, strict: as in `attend`.
         repeats: rows of the query for each token.
     """
 
+    weigh: Callable
     window: int
     strict: bool
     repeats: int
 
-    def attend(self, weigh, rule, tokens, keep, ring):
-        """`Sums` of the rows, the ring after them, and whether it is exact.
+    def __call__(self, tokens, keep, ring, _, rule):
+        """Joined `Sums` of the rows, the ring after, and whether it is exact.
 
         Args:
-            weigh: function of what the rule makes of queries and keys, of which
-                pairs are seen, and of the logarithm of what fading leaves; it
-                gives weights, their scale or count as in `Sums`, and whether it
-                is exact.
-            rule: an `ExactKernel` or a bound feature map.
             tokens: query, key, value and, if any, decay, heads first.
             keep: `(group, 1, block, 1)` or `None`.
             ring: what the rule makes of the keys before, their value and, if
                 any, decay, and `(group, 1, window, 1)`, 1 where they are seen.
+            rule: an `ExactKernel` or a bound feature map.
         """
         query, *tokens = tokens
         if keep is not None:
@@ -165,10 +156,11 @@ class _Rows(NamedTuple):
             log_fading = self._log_fading(ring[2], tokens[2])
             log_fading = tf.where(seen, log_fading, 0.0)
         query = rule.queries(heads.split_rows(query, self.repeats))
-        weights, scale, exact = weigh(query, line[0], seen, log_fading)
+        weights, scale, exact = self.weigh(query, line[0], seen, log_fading)
         values = tf.matmul(weights, scaling.with_ones(line[1], None))
-        sums = scaling.Sums(values, scale)
-        return sums, self._after(line, keep, count), exact
+        # One result, since LiteRT takes the arrays of two for one.
+        joined = heads.join_rows(tf.concat([values, scale], -1), self.repeats)
+        return [joined], self._after(line, keep, count), exact
 
     def _seen(self, count, kept):
         """Which keys of the line are seen: `(group, 1, row, key)`."""

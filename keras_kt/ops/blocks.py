@@ -59,6 +59,12 @@ class Blocks:
             mask = tf.ones((batch, length), "bool")
         self._mask = None if mask is None else self.pad(tf.cast(mask, "bool"))
 
+    @property
+    def are_one(self):
+        """Whether there is one block only, as far as sizes are known."""
+        total = self.groups * self.count
+        return isinstance(total, int) and total == 1
+
     def pad(self, x):
         """Whole groups and blocks."""
         if not self._is_padded:

@@ -6,6 +6,9 @@ in three forms: `bidirectional`, `causal`, and `step` for one token. Each is a
 scan whose blocks absorb keys into a state and read it by queries.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import tensorflow as tf
 
 from keras_kt.ops import chunks, heads, scaling
@@ -27,16 +30,8 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
     repeats = query.shape[2] // key.shape[2]
     queries, keys = of_queries_and_keys(query, key, key_mask)
 
-    def take(tokens, keep, state, _, feature_map):
-        return [], _absorb(feature_map, *tokens, keep, state), True
-
-    def give(tokens, _, __, state, feature_map):
-        query = heads.split_rows(*tokens, repeats)
-        sums = scaling.read(feature_map, query, *state)
-        return [heads.join_rows(x, repeats) for x in sums], [], True
-
     _, state = scan(
-        take,
+        _take,
         [key, value],
         keys,
         results=0,
@@ -44,7 +39,7 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
         constants=feature_map,
     )
     sums, _ = scan(
-        give,
+        _Give(repeats),
         [heads.share(query, repeats)],
         queries,
         results=_results(feature_map),
@@ -85,29 +80,14 @@ def causal(
         state = _nothing(key, value, feature_map)
     _, blocks = of_queries_and_keys(query, key, key_mask, causal=True)
 
-    def with_rows(attend):
-        def block(tokens, keep, state, _, feature_map):
-            query, *tokens = tokens
-            sums, state, exact = attend(
-                feature_map,
-                heads.split_rows(query, repeats),
-                *tokens,
-                keep=keep,
-                state=state,
-                repeats=repeats,
-            )
-            return [heads.join_rows(x, repeats) for x in sums], [*state], exact
-
-        return block
-
     inputs = [heads.share(query, repeats), key, value]
     if decay is not None:
         inputs.append(decay)
     exactly = None
     if feature_map.positive:
-        exactly = with_rows(chunks.attend_exactly)
+        exactly = _Block(chunks.attend_exactly, repeats)
     sums, state = scan(
-        with_rows(chunks.attend),
+        _Block(chunks.attend, repeats),
         inputs,
         blocks,
         results=2 if with_scale else _results(feature_map),
@@ -139,6 +119,40 @@ def step(query, key, value, feature_map, *, key_mask=None, decay=None, state):
     sums = (swap_heads(heads.join_rows(x, repeats)) for x in sums)
     sums = scaling.Sums(*(heads.unshare(x, repeats) for x in sums))
     return sums, AttentionState(*state)
+
+
+# Bodies of the scans.
+
+
+def _take(tokens, keep, state, _, feature_map):
+    return [], _absorb(feature_map, *tokens, keep, state), True
+
+
+class _Give(NamedTuple):
+    repeats: int
+
+    def __call__(self, tokens, _, __, state, feature_map):
+        query = heads.split_rows(*tokens, self.repeats)
+        sums = scaling.read(feature_map, query, *state)
+        return [heads.join_rows(x, self.repeats) for x in sums], [], True
+
+
+class _Block(NamedTuple):
+    attend: Callable
+    repeats: int
+
+    def __call__(self, tokens, keep, state, _, feature_map):
+        query, *tokens = tokens
+        sums, state, exact = self.attend(
+            feature_map,
+            heads.split_rows(query, self.repeats),
+            *tokens,
+            keep=keep,
+            state=state,
+            repeats=self.repeats,
+        )
+        sums = [heads.join_rows(x, self.repeats) for x in sums]
+        return sums, [*state], exact
 
 
 def _absorb(feature_map, key, value, keep, state):

@@ -35,15 +35,10 @@ def of_features(query, key):
         query, key: log-features, `(batch, heads, length, features)`.
     """
 
-    def one(tokens, _, __, memory, ___):
-        ((query,), (key,)) = tokens, memory
-        logits = query[:, :, :, tf.newaxis] + key[:, :, tf.newaxis]
-        return [tf.reduce_logsumexp(logits, axis=-1)], [], True
-
     batch, length = size_of(query, 0), size_of(query, 2)
     one_by_one = Blocks(batch, length, None, batch, 1, 1)
     (logits,), _ = scan(
-        one, [swap_heads(query)], one_by_one, results=1, memory=[key]
+        _of_one, [swap_heads(query)], one_by_one, results=1, memory=[key]
     )
 
     def gradient(of_logits):
@@ -59,6 +54,13 @@ def of_features(query, key):
         return of_query, of_key
 
     return swap_heads(logits), gradient
+
+
+def _of_one(tokens, _, __, memory, ___):
+    """Logits of one query, as a body of `scan`."""
+    ((query,), (key,)) = tokens, memory
+    logits = query[:, :, :, tf.newaxis] + key[:, :, tf.newaxis]
+    return [tf.reduce_logsumexp(logits, axis=-1)], [], True
 
 
 def _walk(inputs, body, sums):

@@ -4,9 +4,13 @@ It keeps inputs, results and what is carried into each block, unless that can be
 found again, so memory does not grow with what a block computes inside.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import tensorflow as tf
 
 from keras_kt.ops.heads import size_of
+from keras_kt.shared_traces import OPENING, shared_trace, without_tensors
 from keras_kt.written_gradients import pullback, written_gradient
 
 
@@ -50,7 +54,11 @@ def scan(
     leaves = tf.nest.flatten(constants)
     tensors = [list(inputs), list(carry), list(memory)]
     tensors.append([x for x in leaves if tf.is_tensor(x)])
-    steps = _Steps(body, otherwise, constants, results, list(map(len, tensors)))
+    constants = without_tensors(constants)
+    sizes = tuple(map(len, tensors))
+    steps = _Steps(body, otherwise, constants, results, sizes)
+    # One block is in no loop, and a tape may watch it.
+    call = _call if blocks.are_one else shared_trace
 
     @written_gradient
     def walk_blocks(*tensors):
@@ -71,8 +79,11 @@ def scan(
 
         def forward(group, block, carry):
             carry = _restart(block == 0, [x[group] for x in start], carry)
-            keep = blocks.keep(group, block)
-            outputs, after, exact = steps.forward(keep, at(group, block, carry))
+            outputs, after, exact = call(
+                _Steps.forward,
+                steps,
+                [blocks.keep(group, block), at(group, block, carry)],
+            )
             return [*outputs, *exact, *(() if recall else carry)], after
 
         stacked, after, _ = _walk(
@@ -104,13 +115,14 @@ def scan(
                     [x[group] for x in last],
                     sums[: len(last)],
                 )
-                return steps.backward(
+                arguments = [
                     blocks.keep(group, block),
                     at(group, block, carry),
                     exact,
                     [blocks.pick(x, group, block) for x in of_results],
                     sums,
-                )
+                ]
+                return call(_Steps.backward, steps, arguments)
 
             zeros = [*(x[0] for x in last), *shared]
             of_inputs, of_sequences, sums = _walk(
@@ -134,36 +146,46 @@ def scan(
     return outputs[:results], outputs[results:]
 
 
-class _Steps:
+class _Steps(NamedTuple):
     """One block forwards, and backwards.
 
-    Args:
-        body, otherwise, constants, results: as in `scan`.
+    Attributes:
+        body, otherwise, results: as in `scan`.
+        constants: as there, with openings in place of tensors.
         sizes: numbers of inputs, of what is carried, of memories and of the
             tensors among the constants.
     """
 
-    def __init__(self, body, otherwise, constants, results, sizes):
-        self._body, self._otherwise = body, otherwise
-        self._constants, self._results = constants, results
-        self._sizes = sizes
-        self.may_fail = otherwise is not None
+    body: Callable
+    otherwise: Callable | None
+    constants: Any
+    results: int
+    sizes: tuple[int, ...]
+
+    @property
+    def may_fail(self):
+        return self.otherwise is not None
 
     def parts(self, tensors):
         """Tensors in a row as inputs, carry, memory and constants."""
         rest = iter(tensors)
-        return [[next(rest) for _ in range(size)] for size in self._sizes]
+        return [[next(rest) for _ in range(size)] for size in self.sizes]
 
-    def forward(self, keep, tensors):
-        """Results, the carry, and whether they were exact, if it matters."""
-        outputs, after, exact = self._run(self._body, keep, tensors)
+    def forward(self, arguments):
+        """Results, the carry, and whether they were exact, if it matters.
+
+        Args:
+            arguments: keep, and all tensors.
+        """
+        keep, tensors = arguments
+        outputs, after, exact = self._run(self.body, keep, tensors)
         if not self.may_fail:
             return outputs, after, []
 
         def again():
             # For tf2onnx, which reads no shapes of what a branch takes in.
             told = [tf.reshape(x, _sizes(x)) for x in tensors]
-            outputs, after, _ = self._run(self._otherwise, keep, told)
+            outputs, after, _ = self._run(self.otherwise, keep, told)
             return [*outputs, *after]
 
         # The carry is chosen outside: Grappler moves what only one branch
@@ -174,25 +196,31 @@ class _Steps:
         after = _restart(exact, after, chosen[len(outputs) :])
         return chosen[: len(outputs)], after, [tf.cast(exact, tf.float32)]
 
-    def backward(self, keep, tensors, exact, of_results, sums):
-        """Gradients to the inputs, and to all else with what was summed up."""
+    def backward(self, arguments):
+        """Gradients to the inputs, and to all else with what was summed up.
+
+        Args:
+            arguments: keep, all tensors, exact as `forward` gave it, gradients
+                to the results, and sums of the gradients to all else.
+        """
+        keep, tensors, exact, of_results, sums = arguments
 
         def through(function):
             def again():
                 outputs, after, _ = self._run(function, keep, tensors)
                 return [*outputs, *after]
 
-            of_carry = sums[: self._sizes[1]]
+            of_carry = sums[: self.sizes[1]]
             return pullback(again, tensors, [*of_results, *of_carry])
 
         if self.may_fail:
             gradients = tf.cond(
                 exact[0] > 0.0,
-                lambda: through(self._body),
-                lambda: through(self._otherwise),
+                lambda: through(self.body),
+                lambda: through(self.otherwise),
             )
         else:
-            gradients = through(self._body)
+            gradients = through(self.body)
         of_inputs, of_carry, *rest = self.parts(gradients)
         pairs = zip(sums[len(of_carry) :], sum(rest, []), strict=True)
         return of_inputs, [*of_carry, *(a + b for a, b in pairs)]
@@ -200,11 +228,11 @@ class _Steps:
     def _run(self, function, keep, tensors):
         inputs, carry, memory, shared = self.parts(tensors)
         rest = iter(shared)
-        leaves = tf.nest.flatten(self._constants)
-        leaves = [next(rest) if tf.is_tensor(x) else x for x in leaves]
-        constants = tf.nest.pack_sequence_as(self._constants, leaves)
+        leaves = tf.nest.flatten(self.constants)
+        leaves = [next(rest) if x is OPENING else x for x in leaves]
+        constants = tf.nest.pack_sequence_as(self.constants, leaves)
         outputs, after, exact = function(inputs, keep, carry, memory, constants)
-        return outputs[: self._results], after, exact
+        return list(outputs[: self.results]), list(after), exact
 
 
 def _walk(body, blocks, carry, results, kept, reverse=False):
@@ -224,7 +252,7 @@ def _walk(body, blocks, carry, results, kept, reverse=False):
     """
     groups, count = blocks.groups, blocks.count
     total = groups * count
-    if isinstance(total, int) and total == 1:
+    if blocks.are_one:
         outputs, carry = body(0, 0, carry)
         return _stacked(outputs), _stacked(carry[:kept]), carry
     one_block, one_group = (
@@ -259,6 +287,10 @@ def _walk(body, blocks, carry, results, kept, reverse=False):
     stacked = [array.stack() for array in arrays]
     ends = _stacked(carry[:kept]) if one_group else stacked[results:]
     return stacked[:results], ends, carry
+
+
+def _call(function, steps, arguments):
+    return function(steps, arguments)
 
 
 def _sizes(x):
