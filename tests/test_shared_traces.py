@@ -68,7 +68,9 @@ def test_static_shapes_are_those_of_the_function():
 
 
 @pytest.mark.parametrize(
-    "fixed", [(One(1), Other(1)), (1, True), (1, 1.0), ([1], (1,)), (1, 2)], ids=str
+    "fixed",
+    [(One(1), Other(1)), (1, True), (1, 1.0), ([1], (1,)), (1, 2)],
+    ids=str,
 )
 def test_what_differs_is_traced_apart(fixed):
     double, calls = counting()
