@@ -40,7 +40,7 @@ def shared_trace(function, fixed, tensors):
         function,
         typed(fixed),
         typed(without_tensors(tensors)),
-        tuple((x.dtype, tuple(x.shape)) for x in leaves),
+        tuple(tf.TensorSpec(x.shape, x.dtype) for x in leaves),
     )
     try:
         hash(key)
@@ -117,7 +117,8 @@ def _trace(function, fixed, tensors):
 def _traces_of_graph():
     """The outermost graph's traces by their keys."""
     graph = tf.compat.v1.get_default_graph()
-    while hasattr(graph.outer_graph, "outer_graph"):
+    # The last one that is a function's; without, it lies in the global graph.
+    while hasattr(getattr(graph, "outer_graph", None), "outer_graph"):
         graph = graph.outer_graph
     kept = graph.get_collection_ref(_TRACES)
     if not kept:

@@ -71,7 +71,8 @@ def pullback(function, wanted, upstream):
         upstream: gradients to the results, of their structure.
 
     Returns:
-        List of the gradients to `wanted`, zeros where nothing depends.
+        List of the gradients to `wanted`, zeros where nothing depends. Not all
+        of them: that would be a tape that was stopped.
     """
     # Persistent, since it is asked once for each written gradient inside.
     with tf.GradientTape(
@@ -94,6 +95,11 @@ def pullback(function, wanted, upstream):
         of_arguments = tf.nest.flatten(gradient(*of_outputs))
         more = tape.gradient(arguments, sources, of_arguments)
         total = [_sum(*pair) for pair in zip(total, more, strict=True)]
+    if all(g is None for g in total):
+        raise RuntimeError(
+            "No gradient was recorded. Gradients must not be asked for where "
+            "tapes are stopped, as in `tf.init_scope`."
+        )
     return [
         tf.zeros_like(x) if g is None else g
         for x, g in zip(wanted, total, strict=True)

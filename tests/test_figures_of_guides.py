@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.figures import decode, memory, milliseconds, record
+from tests.helpers.figures import decode, memory, milliseconds, of_token, record
 from tests.helpers.pages import ROOT
 
 
@@ -15,7 +15,7 @@ def claims_of_home():
     yield (
         "A training step of the layer at 8,192 tokens, and of "
         f"`MultiHeadAttention`: {arguments['heads']} heads of "
-        f"{arguments['head_dim']}, two cores of a CPU, version 0.1. At 256 "
+        f"{arguments['head_dim']}, two cores of a CPU. At 256 "
         f"tokens it is {milliseconds('layer', 256, 'ours'):.0f} ms against "
         f"{milliseconds('layer', 256, 'softmax'):.0f} ms."
     )
@@ -23,10 +23,8 @@ def claims_of_home():
     yield f"**{ours / 2**20:.0f} MiB against {softmax / 2**20:,.0f} MiB**"
     features = record("memory.json")["arguments"]["features"]
     yield f"training step at 8,192 tokens ({features} features)"
-    (token,) = {
-        f"{1e3 * decode('ours', at)['median']:.1f}" for at in (100, 10**6)
-    }
-    yield f"**{token} ms a token, at position 100 and 1,000,000**"
+    early, late = map(of_token, (100, 10**6))
+    yield f"**{early} ms for token 100, {late} for token 1,000,000**"
     yield f"a state of {decode('ours', 10**6)['bytes'] / 2**10:.0f} KiB"
 
 

@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
-from keras_kt.written_gradients import written_gradient
+from keras_kt.written_gradients import pullback, written_gradient
 
 # Loads exports without this package, and asks one for its gradient.
 LOADER = """
@@ -165,3 +165,13 @@ def test_exports_load_quietly_and_have_gradients(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "quiet 3"
+
+
+def test_a_tape_that_recorded_nothing_is_an_error():
+    """Zeros in place of a gradient would be trained on."""
+    x = tf.ones(2)
+    with pytest.raises(RuntimeError, match="No gradient was recorded"):
+        pullback(lambda: [tf.ones(2)], [x], [x])
+    (gradient, unused) = pullback(lambda: [2.0 * x], [x, tf.ones(3)], [x])
+    np.testing.assert_array_equal(gradient, [2.0, 2.0])
+    np.testing.assert_array_equal(unused, [0.0, 0.0, 0.0])

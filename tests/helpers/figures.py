@@ -154,6 +154,11 @@ def decode(column, position):
     return found
 
 
+def of_token(position):
+    """Milliseconds of one token of a stream."""
+    return f"{1e3 * decode('ours', position)['median']:.1f}"
+
+
 def stage(task, name):
     """A stage of the conversion: score, errors by layer, seconds."""
     (found,) = (
