@@ -57,8 +57,6 @@ def scan(
     constants = without_tensors(constants)
     sizes = tuple(map(len, tensors))
     steps = _Steps(body, otherwise, constants, results, sizes)
-    # One block is in no loop, and a tape may watch it.
-    call = _call if blocks.are_one else shared_trace
 
     @written_gradient
     def walk_blocks(*tensors):
@@ -79,11 +77,8 @@ def scan(
 
         def forward(group, block, carry):
             carry = _restart(block == 0, [x[group] for x in start], carry)
-            outputs, after, exact = call(
-                _Steps.forward,
-                steps,
-                [blocks.keep(group, block), at(group, block, carry)],
-            )
+            keep = blocks.keep(group, block)
+            outputs, after, exact = steps.forward(keep, at(group, block, carry))
             return [*outputs, *exact, *(() if recall else carry)], after
 
         stacked, after, _ = _walk(
@@ -122,7 +117,12 @@ def scan(
                     [blocks.pick(x, group, block) for x in of_results],
                     sums,
                 ]
-                return call(_Steps.backward, steps, arguments)
+                # Forwards no trace is shared: tf2onnx fails on two calls of
+                # one function with branches. One block is in no loop, and a
+                # tape may watch it.
+                if blocks.are_one:
+                    return steps.backward(arguments)
+                return shared_trace(_Steps.backward, steps, arguments)
 
             zeros = [*(x[0] for x in last), *shared]
             of_inputs, of_sequences, sums = _walk(
@@ -171,13 +171,8 @@ class _Steps(NamedTuple):
         rest = iter(tensors)
         return [[next(rest) for _ in range(size)] for size in self.sizes]
 
-    def forward(self, arguments):
-        """Results, the carry, and whether they were exact, if it matters.
-
-        Args:
-            arguments: keep, and all tensors.
-        """
-        keep, tensors = arguments
+    def forward(self, keep, tensors):
+        """Results, the carry, and whether they were exact, if it matters."""
         outputs, after, exact = self._run(self.body, keep, tensors)
         if not self.may_fail:
             return outputs, after, []
@@ -287,10 +282,6 @@ def _walk(body, blocks, carry, results, kept, reverse=False):
     stacked = [array.stack() for array in arrays]
     ends = _stacked(carry[:kept]) if one_group else stacked[results:]
     return stacked[:results], ends, carry
-
-
-def _call(function, steps, arguments):
-    return function(steps, arguments)
 
 
 def _sizes(x):
