@@ -240,8 +240,8 @@ def test_gradients_of_many_blocks_are_those_of_eager_calls(options, causal):
 
 
 @LAYERS
-def test_layers_of_one_kind_share_their_blocks(options):
-    """A further layer has only what is around its blocks."""
+def test_layers_of_one_kind_share_gradients_of_blocks(options):
+    """A further layer has no such gradient of its own."""
 
     def operations(count):
         layers = [
