@@ -190,10 +190,11 @@ def main():
     if args.one:
         print(json.dumps(measure(args, args.one[0], int(args.one[1]))))
         return
-    arguments = vars(args)
-    del arguments["one"]
+    elsewhere = "one", "output"
     record = {
-        "arguments": arguments,
+        "arguments": {
+            k: v for k, v in vars(args).items() if k not in elsewhere
+        },
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "tensorflow": tf.__version__,
         "keras": keras.__version__,

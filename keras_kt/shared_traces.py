@@ -38,8 +38,8 @@ def shared_trace(function, fixed, tensors):
     leaves = [x for x in tf.nest.flatten(tensors) if x is not None]
     key = (
         function,
-        typed(fixed),
-        typed(without_tensors(tensors)),
+        _typed(fixed),
+        _typed(without_tensors(tensors)),
         tuple(tf.TensorSpec(x.shape, x.dtype) for x in leaves),
     )
     try:
@@ -61,13 +61,13 @@ def without_tensors(nest):
     )
 
 
-def typed(nest):
+def _typed(nest):
     """What is equal for nests of equal types and parts alone.
 
     Named tuples of two types, and 1 and `True`, are equal to Python.
     """
     if isinstance(nest, (tuple, list)):
-        return type(nest), *map(typed, nest)
+        return type(nest), *map(_typed, nest)
     return type(nest), nest
 
 
@@ -117,7 +117,7 @@ def _trace(function, fixed, tensors):
 def _traces_of_graph():
     """The outermost graph's traces by their keys."""
     graph = tf.compat.v1.get_default_graph()
-    # The last one that is a function's; without, it lies in the global graph.
+    # The last one of a function: it lies in TensorFlow's global graph.
     while hasattr(getattr(graph, "outer_graph", None), "outer_graph"):
         graph = graph.outer_graph
     kept = graph.get_collection_ref(_TRACES)

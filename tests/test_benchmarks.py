@@ -32,7 +32,9 @@ def test_tracing_counts_and_times(flags, tmp_path):
         [*command, "--output", str(path)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    rows = json.loads(path.with_suffix(".json").read_text())["rows"]
+    text = path.with_suffix(".json").read_text()
+    assert str(tmp_path) not in text
+    rows = json.loads(text)["rows"]
     ours, theirs = (row["operations"] for row in rows)
     assert ours > theirs > 50
     assert all(("compile" in row) == (not flags) for row in rows)
@@ -109,7 +111,9 @@ def test_attention_checks_itself_and_decodes(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "linear against quadratic" in done.stdout
-    record = json.loads((tmp_path / "attention.json").read_text())
+    text = (tmp_path / "attention.json").read_text()
+    assert str(tmp_path) not in text
+    record = json.loads(text)
     sizes = {(row["column"], row["position"]): row for row in record["decode"]}
     ours = [sizes["ours", position]["bytes"] for position in (3, 20)]
     theirs = [sizes["cache", position]["bytes"] for position in (3, 20)]

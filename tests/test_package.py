@@ -19,6 +19,10 @@ from tests.helpers.pages import (
 )
 
 PACKAGE = ROOT / "keras_kt"
+TEXTS = {
+    *(".cfg", ".csv", ".ini", ".ipynb", ".json", ".md", ".py", ".sh", ".toml"),
+    *(".txt", ".yaml", ".yml", ""),
+}
 
 
 def tracked_files():
@@ -32,6 +36,18 @@ def tracked_files():
         check=True,
     )
     return [ROOT / name for name in listing.stdout.split()]
+
+
+def test_no_file_names_a_path_of_a_machine():
+    homes = re.compile(r"(?<![\w.])/(?:work|home|root|Users)/[\w.]")
+    absolute = re.compile(r"(?:^|[\s,\"'=(])/[\w.-]+/", re.MULTILINE)
+    for path in tracked_files():
+        if path.suffix not in TEXTS or not path.exists():
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert not homes.search(text), path
+        if path.is_relative_to(ROOT / "results"):
+            assert not absolute.search(text), path
 
 
 def files():

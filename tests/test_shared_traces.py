@@ -239,6 +239,28 @@ def test_gradients_of_many_blocks_are_those_of_eager_calls(options, causal):
         np.testing.assert_allclose(got, one, rtol=0, atol=1e-5 * scale)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_of_gradients_are_those_of_eager_calls(causal):
+    keras.utils.set_random_seed(0)
+    gradients = gradients_of(
+        [keras_kt.KernelizedAttention(2, 4)], use_causal_mask=causal
+    )
+
+    def penalty(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            total = tf.reduce_sum(tf.square(gradients(x)[0]))
+        return tape.gradient(total, x)
+
+    x = tf.random.stateless_normal((2, 2048, 8), (1, 2))
+    expected = penalty(x)
+    scale = np.max(np.abs(expected))
+    assert scale > 0.0
+    np.testing.assert_allclose(
+        tf.function(penalty)(x), expected, rtol=0, atol=1e-5 * scale
+    )
+
+
 @LAYERS
 def test_layers_of_one_kind_share_gradients_of_blocks(options):
     """A further layer has no such gradient of its own."""

@@ -81,12 +81,13 @@ def main():
     if args.plot:
         return report.draw(json.loads(args.plot.read_text()), args.plot)
     print("Checking that columns agree …", flush=True)
+    # No paths of this machine, and what was measured alone.
+    elsewhere = "output", "plot", "peak"
+    arguments = {k: v for k, v in vars(args).items() if k not in elsewhere}
+    if args.model_garden:
+        arguments["model_garden"] = Path(args.model_garden).name
     record = {
-        # Names, not paths, of this machine's files.
-        "arguments": {
-            **vars(args),
-            "model_garden": args.model_garden and Path(args.model_garden).name,
-        },
+        "arguments": arguments,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "tensorflow": tf.__version__,
         "keras": keras.__version__,
