@@ -6,6 +6,7 @@ import pytest
 from benchmarks import overview
 from benchmarks.attention import report
 from experiments import tasks
+from tests.helpers import figures
 from tests.helpers.scripts import ROOT, experiment, script
 from tests.helpers.studies import rows
 
@@ -221,16 +222,17 @@ def test_scores_are_drawn_best_first_with_their_draws():
 def test_the_first_picture_is_drawn_from_results():
     pyplot = pytest.importorskip("matplotlib.pyplot")
     time, memory, accuracy = overview.draw(ROOT / "results").axes
-    for panel, peak in ((time, None), (memory, 156)):
+    a_token = 1000 / 8192  # Microseconds, of milliseconds.
+    for panel, expected in (
+        (time, a_token * figures.milliseconds("layer", 8192, "ours")),
+        (memory, figures.memory("ours", 8192) / 2**20),
+    ):
         softmax, ours = panel.lines
         assert softmax.get_color() == script("styles").SOFTMAX
         lengths = ours.get_xdata()
         assert lengths[-1] == 65536 and 8192 in lengths
         place = list(lengths).index(8192)
-        # Of the tables: milliseconds of 8,192 tokens, and MiB.
-        value = ours.get_ydata()[place]
-        expected = 1000 * 591.1 / 8192 if peak is None else peak
-        assert value == pytest.approx(expected, rel=0.01)
+        assert ours.get_ydata()[place] == pytest.approx(expected)
     learned = next(
         c for c in accuracy.containers if c[0].get_linestyle() == "--"
     )
