@@ -106,6 +106,45 @@ def pullback(function, wanted, upstream):
     ]
 
 
+def unless(is_good, results, function, tensors):
+    """Results where they are good, and else what a function makes of tensors.
+
+    The function runs again for its gradient. What it computes inside would else
+    leave the branch for the sake of the gradient, and XLA fills that with zeros
+    where the branch is not taken: arrays for nothing.
+
+    Args:
+        is_good: boolean scalar tensor.
+        results: list of tensors.
+        function: of the tensors, to a list like `results`.
+        tensors: list of all that it has gradients to.
+
+    Returns:
+        List of tensors.
+    """
+    count = len(results)
+
+    @written_gradient
+    def choose(*given):
+        results, tensors = list(given[:count]), list(given[count:])
+
+        def gradient(*upstream):
+            of_results = [tf.where(is_good, g, 0.0) for g in upstream]
+            of_tensors = tf.cond(
+                is_good,
+                lambda: [tf.zeros_like(x) for x in tensors],
+                lambda: pullback(
+                    lambda: function(*tensors), tensors, list(upstream)
+                ),
+            )
+            return [*of_results, *of_tensors]
+
+        chosen = tf.cond(is_good, lambda: results, lambda: function(*tensors))
+        return list(chosen), gradient
+
+    return choose(*results, *tensors)
+
+
 def _traced(function, tensors):
     """`tf.custom_gradient` in a graph, which dies with its last user."""
     structure = None
@@ -139,6 +178,11 @@ class _Inner:
     def apply(self, function, tensors):
         with self.tape.stop_recording():
             results, gradient = function(*tensors)
+            # What is returned as it came is watched already.
+            given = {id(x) for x in tensors}
+            results = tf.nest.map_structure(
+                lambda x: tf.identity(x) if id(x) in given else x, results
+            )
         outputs = tf.nest.flatten(results)
         self.tape.watch(outputs)
         self.calls.append((list(tensors), outputs, gradient))

@@ -171,6 +171,43 @@ def test_masked_loud_key_leaves_dense_masks_exact(loud):
     assert all(np.isfinite(g).all() for g in gradients)
 
 
+@pytest.mark.parametrize("loud", (0.0, 200.0))
+@pytest.mark.parametrize("length", (cases.LENGTH, None))
+@pytest.mark.parametrize("jit", (False, True), ids=("graph", "XLA"))
+def test_gradients_of_a_matrix_in_a_graph_are_those_of_eager_calls(
+    jit, length, loud
+):
+    """Where a branch forms it pair by pair, and where none does."""
+    rng = np.random.default_rng(0)
+    shape = (cases.BATCH, cases.LENGTH, cases.HEADS, 17)
+    tensors = [rng.normal(size=shape).astype("float32") for _ in range(2)]
+    tensors[1][:, 6] += loud
+    tensors.append(cases.inputs(keys=cases.LENGTH)[2].swapaxes(1, 2))
+    tensors = [tf.constant(x) for x in tensors]
+    decay = tf.constant(0.1 * rng.random(shape[:3] + (1,)), tf.float32)
+
+    def gradients(*tensors):
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            output, weights = ops.attend_with_matrix(
+                *tensors[:3], Identity(), causal=True, decay=tensors[3]
+            )
+            loss = tf.reduce_sum(tf.square(output))
+            loss += tf.reduce_sum(tf.square(weights))
+        return tape.gradient(loss, tensors)
+
+    tensors.append(decay)
+    specs = [tf.TensorSpec((x.shape[0], length, *x.shape[2:])) for x in tensors]
+    compiled = tf.function(
+        gradients, jit_compile=jit, autograph=False, input_signature=specs
+    )
+    pairs = zip(gradients(*tensors), compiled(*tensors), strict=True)
+    for eager, graph in pairs:
+        scale = np.abs(eager).max()
+        assert scale > 0.0
+        np.testing.assert_allclose(graph, eager, atol=2e-5 * scale, rtol=0)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("name", MAPS)
 def test_padded_content_changes_nothing(name, algorithm):

@@ -240,7 +240,8 @@ def test_gradients_of_many_blocks_are_those_of_eager_calls(options, causal):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_gradients_of_gradients_are_those_of_eager_calls(causal):
+@pytest.mark.parametrize("length", [64, 2048], ids=["matrix", "linear"])
+def test_gradients_of_gradients_are_those_of_eager_calls(length, causal):
     keras.utils.set_random_seed(0)
     gradients = gradients_of(
         [keras_kt.KernelizedAttention(2, 4)], use_causal_mask=causal
@@ -252,7 +253,7 @@ def test_gradients_of_gradients_are_those_of_eager_calls(causal):
             total = tf.reduce_sum(tf.square(gradients(x)[0]))
         return tape.gradient(total, x)
 
-    x = tf.random.stateless_normal((2, 2048, 8), (1, 2))
+    x = tf.random.stateless_normal((2, length, 8), (1, 2))
     expected = penalty(x)
     scale = np.max(np.abs(expected))
     assert scale > 0.0

@@ -15,7 +15,12 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
-from keras_kt.written_gradients import pullback, written_gradient
+from keras_kt.written_gradients import (
+    plain,
+    pullback,
+    unless,
+    written_gradient,
+)
 
 # Loads exports without this package, and asks one for its gradient.
 LOADER = """
@@ -90,6 +95,52 @@ def test_gradient_is_found_in_loops_and_branches(function, asked):
     else:
         function = tf.function(function, autograph=False)
     np.testing.assert_array_equal(gradient(x), [3.0, 3.0, 3.0])
+
+
+def of_results_or_not(x, y):
+    """3x where x is small, else y² doubled, or as its gradient has it."""
+    (chosen,) = unless(
+        tf.reduce_max(x) < 10.0,
+        [3.0 * x],
+        lambda y: [doubled(y * y)],
+        [y],
+    )
+    return chosen
+
+
+@pytest.mark.parametrize("compiled", [None, False, True])
+@pytest.mark.parametrize("inside", [False, True], ids=["outermost", "inside"])
+@pytest.mark.parametrize(
+    ("largest", "output", "gradients"),
+    [
+        (2.0, [3.0, 6.0], ([3.0, 3.0], [0.0, 0.0])),
+        (20.0, [32.0, 50.0], ([0.0, 0.0], [24.0, 30.0])),
+    ],
+)
+def test_what_is_good_is_kept_and_else_found_again(
+    largest, output, gradients, inside, compiled
+):
+    tensors = [tf.constant([1.0, largest]), tf.constant([4.0, 5.0])]
+
+    def run(*tensors):
+        if inside:
+            upstream = tf.ones_like(tensors[0])
+            again = pullback(
+                lambda: of_results_or_not(*tensors), tensors, upstream
+            )
+            return of_results_or_not(*tensors), again
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            chosen = of_results_or_not(*tensors)
+        return chosen, tape.gradient(chosen, tensors)
+
+    if compiled is not None:
+        run = tf.function(run, jit_compile=compiled, autograph=False)
+    chosen, found = run(*tensors)
+    np.testing.assert_array_equal(chosen, output)
+    np.testing.assert_array_equal(found, gradients)
+    with plain():
+        np.testing.assert_array_equal(of_results_or_not(*tensors), output)
 
 
 def test_gradient_is_saved(tmp_path):

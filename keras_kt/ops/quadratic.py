@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras_kt.ops import heads, logits, scaling, visible_tokens
 from keras_kt.ops.heads import size_of, swap_heads
 from keras_kt.ops.scaling import FLOOR
+from keras_kt.written_gradients import unless
 
 
 def attend(
@@ -66,18 +67,18 @@ def attend(
         scaling.key_features(feature_map, key, keep),
     )
     value = scaling.with_ones(value, keep)
-
-    def read(scores, count=None):
-        return scores, scaling.Sums(tf.matmul(scores, value), count)
-
+    count = None
     if exact is not None and not near.has_far:
-        scores, sums = read(_exponentials(exact, visible))
+        scores = _exponentials(exact, visible)
+        sums = tf.matmul(scores, value)
     elif feature_map.positive:
-        scores, sums = _by_features(
-            *features, read, visible, log_fading, is_near, exact, needs_weights
+        sums, scores = _by_features(
+            *features, value, visible, log_fading, is_near, exact, needs_weights
         )
     else:
-        scores, sums = read(*_signed_scores(*features, visible, log_fading))
+        scores, count = _signed_scores(*features, visible, log_fading)
+        sums = tf.matmul(scores, value)
+    sums = scaling.Sums(sums, count)
     output, normalizer = scaling.divide(sums, not feature_map.positive)
     weights = None
     if needs_weights:
@@ -119,9 +120,9 @@ def _faded(x, log_fading):
 
 
 def _by_features(
-    log_query, log_key, read, visible, log_fading, is_near, exact, needs_scores
+    log_query, log_key, value, visible, log_fading, is_near, exact, needs_scores
 ):
-    """Scores of positive features, or `None`, and what `read` makes of them."""
+    """What positive features read of values, and scores, or `None`."""
     maximum = scaling.maximum_of(log_key)
     query, scale = scaling.exp_query(log_query, maximum)
     key = scaling.exp_key(log_key, maximum)
@@ -134,32 +135,33 @@ def _by_features(
         scores *= tf.exp(scale - top)
         scores = tf.where(is_near, tf.exp(exact - top), scores)
     scores = _seen(scores, visible)
-    shape = scores.shape
-    scores, sums = read(scores)
+    sums = tf.matmul(scores, value)
     sees = None
     if visible is not None:
         sees = tf.reduce_any(visible, -1, keepdims=True)
 
-    def wanted(scores, sums):
-        return [sums.values, *([scores] if needs_scores else [])]
-
-    def pair_by_pair():
+    def pair_by_pair(log_query, log_key, value, *rest):
+        rest = list(rest)
         pairs = logits.of_features(log_query, log_key)
-        pairs = _faded(pairs, log_fading)
+        if log_fading is not None:
+            pairs += rest.pop(0)
         if exact is not None:
-            pairs = tf.where(is_near, exact, pairs)
+            pairs = tf.where(is_near, rest.pop(0), pairs)
         pairs = _seen(pairs, visible, FLOOR)
-        again = tf.ensure_shape(_exponentials(pairs, visible), shape)
-        again, its_sums = read(again)
-        values = tf.ensure_shape(its_sums.values, sums.values.shape)
-        return wanted(again, its_sums._replace(values=values))
+        again = _exponentials(pairs, visible)
+        both = tf.matmul(again, value), again
+        # As many as there are results.
+        return [
+            tf.ensure_shape(x, y.shape)
+            for x, y in zip(both, results, strict=False)
+        ]
 
-    values, *scores = tf.cond(
-        scaling.is_exact(sums.values, sees),
-        lambda: wanted(scores, sums),
-        pair_by_pair,
-    )
-    return *(scores or [None]), scaling.Sums(values)
+    results = [sums, scores] if needs_scores else [sums]
+    rest = [x for x in (log_fading, exact) if x is not None]
+    tensors = [log_query, log_key, value, *rest]
+    is_exact = scaling.is_exact(sums, sees)
+    sums, *scores = unless(is_exact, results, pair_by_pair, tensors)
+    return sums, scores[0] if needs_scores else None
 
 
 def _exponentials(pairs, visible):
