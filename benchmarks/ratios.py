@@ -1,6 +1,7 @@
 """Short sequences, options and single tokens, as ratios to what they replace.
 
-Of a training step of the layer to `MultiHeadAttention`, of options to attention
+Of a training step of the layer to `MultiHeadAttention`, of the matrix to the
+linear form where `"auto"` chooses between them, of options to attention
 without them, and of one token of a stream to the same products in NumPy. What
 is compared runs in turn, with XLA and without; where times of a table spread by
 more than 15 % (interquartile range over median, the median of its rows), they
@@ -10,16 +11,17 @@ are taken again, and not written if they still do.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 LENGTHS = (64, 128, 256, 384, 512, 1024)
-SECTIONS = ("short", "options", "steps")
+ROUTE_LENGTHS = (32, 64, 128)
+SECTIONS = ("short", "routes", "options", "steps")
 
 
 def parse_args():
@@ -38,6 +40,13 @@ def parse_args():
     )
     add("--heads", nargs="+", default=["4x16", "8x32", "8x64"], help="layouts")
     add("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens")
+    add(
+        "--route-lengths",
+        type=int,
+        nargs="+",
+        default=ROUTE_LENGTHS,
+        help="tokens, of the matrix and the linear form",
+    )
     add("--tokens", type=int, default=8192, help="batch × length of layers")
     add("--core-length", type=int, default=4096, help="tokens, of options")
     add("--batches", type=int, nargs="+", default=[1, 32], help="of steps")
@@ -58,9 +67,10 @@ import tensorflow as tf
 
 import keras_kt
 from benchmarks.attention.columns import backward
-from benchmarks.attention.timing import measure
+from benchmarks.attention.timing import measure_steadily
 
 MODES = {"graph": False, "XLA": True}
+ROUTES = {"matrix": "quadratic", "linear": "linear"}
 
 
 def main():
@@ -69,7 +79,12 @@ def main():
     record = json.loads(path.read_text()) if path.exists() else {}
     record["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
     record["tensorflow"] = tf.__version__
-    rows = {"short": short_rows, "options": options_rows, "steps": steps_rows}
+    rows = {
+        "short": short_rows,
+        "routes": route_rows,
+        "options": options_rows,
+        "steps": steps_rows,
+    }
     for section in args.sections:
         record[section] = {
             "arguments": {
@@ -86,14 +101,37 @@ def main():
 
 def short_rows(args):
     """Training steps of layers and of `MultiHeadAttention`."""
+    for found in _layer_rows(
+        args,
+        args.lengths,
+        softmax=keras.layers.MultiHeadAttention,
+        ours=functools.partial(keras_kt.KernelizedAttention, seed=0),
+    ):
+        softmax, ours = found["softmax"], found["ours"]
+        yield _row(**found, ratio=min(softmax.values()) / min(ours.values()))
+
+
+def route_rows(args):
+    """Training steps of layers by the matrix and by the linear form."""
+    layers = {
+        name: functools.partial(
+            keras_kt.KernelizedAttention, seed=0, implementation=implementation
+        )
+        for name, implementation in ROUTES.items()
+    }
+    for found in _layer_rows(args, args.route_lengths, **layers):
+        matrix, linear = (found[name] for name in ROUTES)
+        ratio = {mode: round(matrix[mode] / linear[mode], 3) for mode in MODES}
+        yield _row(**found, ratio=ratio)
+
+
+def _layer_rows(args, lengths, **kinds):
+    """Seconds of training steps of kinds of layers, by heads and length."""
     rng = np.random.default_rng(0)
     for layout in args.heads:
         heads, dim = map(int, layout.split("x"))
-        layers = {
-            "softmax": keras.layers.MultiHeadAttention(heads, dim),
-            "ours": keras_kt.KernelizedAttention(heads, dim, seed=0),
-        }
-        for length in args.lengths:
+        layers = {name: kind(heads, dim) for name, kind in kinds.items()}
+        for length in lengths:
             shape = max(1, args.tokens // length), length, heads * dim
             x = tf.constant((0.35 * rng.normal(size=shape)).astype("float32"))
             runs = {
@@ -103,13 +141,14 @@ def short_rows(args):
             }
             times = in_turn(runs, [x], args)
             for causal in (False, True):
-                softmax, ours = (times[name, causal] for name in layers)
-                yield _row(
-                    {"heads": layout, "length": length, "causal": causal},
-                    softmax=softmax,
-                    ours=ours,
-                    ratio=min(softmax.values()) / min(ours.values()),
-                )
+                yield {
+                    "keys": {
+                        "heads": layout,
+                        "length": length,
+                        "causal": causal,
+                    },
+                    **{name: times[name, causal] for name in layers},
+                }
 
 
 def _attends(layer, causal):
@@ -254,25 +293,7 @@ def in_turn(runs, inputs, args, plain=()):
             calls[name, mode] = lambda run=compiled: run(*inputs)
     for name, run in dict(plain).items():
         calls[name, ""] = run
-    for _ in range(3):
-        _, seconds = measure(calls, args.repeats)
-        spread = float(
-            np.median(
-                [
-                    (np.quantile(t, 0.75) - np.quantile(t, 0.25)) / np.median(t)
-                    for t in seconds.values()
-                ]
-            )
-        )
-        if spread <= args.spread:
-            break
-        print(f"times spread by {spread:.0%}; once more …", flush=True)
-    else:
-        sys.exit(
-            f"Times spread by {spread:.0%}, more than --spread "
-            f"{args.spread:.0%}: the machine does other work. Nothing of this "
-            "table is written."
-        )
+    _, seconds = measure_steadily(calls, args.repeats, args.spread)
     times = {}
     for (name, mode), values in seconds.items():
         times.setdefault(name, {})[mode] = float(np.median(values))
@@ -287,7 +308,7 @@ def _row(keys, ratio, **columns):
             name: {mode: round(1e3 * t, 4) for mode, t in modes.items()}
             for name, modes in columns.items()
         },
-        "ratio": round(ratio, 3),
+        "ratio": ratio if isinstance(ratio, dict) else round(ratio, 3),
     }
     print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     return row
@@ -297,28 +318,13 @@ def tables(record):
     """Markdown: a table of each section."""
     lines = []
     if "short" in record:
-        rows = record["short"]["rows"]
-        layouts = list(dict.fromkeys(row["heads"] for row in rows))
         lines += ["# Short sequences", ""]
-        lines += [
-            "| tokens | "
-            + " | ".join(
-                f"{x.replace('x', ' × ')}{kind}"
-                for x in layouts
-                for kind in ("", ", causal")
-            )
-            + " |",
-            "| --- " * (2 * len(layouts) + 1) + "|",
-        ]
-        for length in dict.fromkeys(row["length"] for row in rows):
-            cells = [
-                f"{row['ratio']:.2f}"
-                for layout in layouts
-                for row in rows
-                if (row["heads"], row["length"]) == (layout, length)
-            ]
-            lines.append(f"| {length:,} | {' | '.join(cells)} |")
-        lines.append("")
+        lines += _by_length(record["short"]["rows"], "{:.2f}".format)
+    if "routes" in record:
+        lines += ["# Matrix over linear form", ""]
+        lines += _by_length(
+            record["routes"]["rows"], lambda x: _modes(x, "{:.2f}")
+        )
     if "options" in record:
         rows = record["options"]["rows"]
         lines += ["# Options", "", "| option | bidirectional | causal |"]
@@ -341,6 +347,29 @@ def tables(record):
         ]
         lines.append("")
     return "\n".join(lines)
+
+
+def _by_length(rows, written):
+    """Lines of a table: a row for each length, a column for each layer."""
+    layouts = list(dict.fromkeys(row["heads"] for row in rows))
+    columns = [
+        f"{x.replace('x', ' × ')}{kind}"
+        for x in layouts
+        for kind in ("", ", causal")
+    ]
+    lines = [
+        f"| tokens | {' | '.join(columns)} |",
+        "| --- " * (len(columns) + 1) + "|",
+    ]
+    for length in dict.fromkeys(row["length"] for row in rows):
+        cells = [
+            written(row["ratio"])
+            for layout in layouts
+            for row in rows
+            if (row["heads"], row["length"]) == (layout, length)
+        ]
+        lines.append(f"| {length:,} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _modes(times, form):

@@ -156,6 +156,8 @@ def table(record):
     rows = record["rows"]
     columns = [key for key in COLUMNS if key in rows[0]]
     lines = [
+        "# First step",
+        "",
         f"One training step, {record['machine']}, TensorFlow "
         f"{record['tensorflow']}, Keras {record['keras']}. Seconds are of the "
         "CPU, of the wall in brackets.",

@@ -1,6 +1,8 @@
 """Benchmarks run, on sizes that say nothing."""
 
+import importlib
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
+from benchmarks import __main__ as benchmarks
 from benchmarks import approximation, gallery, long_stream, ratios
 from benchmarks.attention import report, timing
 from tests.helpers import toys
@@ -81,6 +84,62 @@ def test_what_memory_does_not_suffice_for_is_left_out(capsys):
     first, seconds = timing.measure(runs, 2)
     assert set(first) == set(seconds) == {"b"} and len(seconds["b"]) == 2
     assert "a: memory does not suffice" in capsys.readouterr().out
+
+
+def test_spread_is_the_median_of_the_runs():
+    # Ranges of half, all and none of the median.
+    seconds = {"a": [3.0, 4.0, 5.0, 2.0, 6.0], "b": [1.0, 1.0, 2.0], "c": [7.0]}
+    assert timing.spread_of({"a": seconds["a"]}) == pytest.approx(0.5)
+    assert timing.spread_of({"b": seconds["b"]}) == pytest.approx(0.5)
+    assert timing.spread_of(seconds) == pytest.approx(0.5)
+    assert timing.spread_of({"c": [7.0], "d": [7.0]}) == 0.0
+
+
+def test_times_that_spread_are_taken_again_and_then_refused(monkeypatch):
+    answers = iter([({"a": 9.0}, {"a": [1.0, 2.0]}), ({}, {"a": [1.0, 1.0]})])
+    monkeypatch.setattr(timing, "measure", lambda *_: next(answers))
+    first, seconds = timing.measure_steadily({"a": None}, 2, spread=0.15)
+    # The first call of all compiled.
+    assert first == {"a": 9.0} and seconds == {"a": [1.0, 1.0]}
+    monkeypatch.setattr(timing, "measure", lambda *_: ({}, {"a": [1.0, 2.0]}))
+    with pytest.raises(SystemExit, match="more than --spread 15%"):
+        timing.measure_steadily({"a": None}, 2, spread=0.15)
+
+
+def test_what_is_written_does_not_spread():
+    record = json.loads((ROOT / "results" / "attention.json").read_text())
+    tables = {}
+    for row in record["timings"]:
+        low, high = row["quartiles"]
+        table = tables.setdefault((row["level"], row["length"]), [])
+        table.append((high - low) / row["median"])
+    assert len(tables) == 14
+    assert max(map(statistics.median, tables.values())) <= 0.15
+
+
+@pytest.mark.parametrize("name", benchmarks.COMMANDS)
+def test_commands_of_the_page_stand_on_it_and_are_taken(name, monkeypatch):
+    page = (ROOT / benchmarks.PAGE).read_text().replace("\\\n", " ")
+    assert f"python {benchmarks.COMMANDS[name]}" in " ".join(page.split())
+    words = benchmarks.words_of(name, "a.whl")
+    name = words[1] if words[0] == "-m" else words[0]
+    name = name.removesuffix(".py").replace("/", ".")
+    if name == "benchmarks.attention":
+        name += ".__main__"
+    module = importlib.import_module(name)
+    if words[0] == "-m":
+        del words[0]
+    monkeypatch.setattr("sys.argv", words)
+    module.parse_args()
+
+
+def test_the_page_says_what_it_would_run():
+    done = command("-m", "benchmarks", "--dry-run", "--only", "attention")
+    assert done.returncode == 0, done.stderr
+    assert "--decode --lengths 256" in done.stdout
+    assert "WHEEL" not in done.stdout
+    done = command("-m", "benchmarks", "--only", "nothing")
+    assert "invalid choice: 'nothing'" in done.stderr
 
 
 def test_tables_of_ratios_come_from_the_record():

@@ -1,9 +1,11 @@
 """Time and memory of attention against its peers and the device's own GEMMs.
 
 Every column runs at the same batch × length. Repeats are interleaved, so that
-a busy machine slows all columns alike: read ratios, not milliseconds. Before
-anything is timed, each column is compared with float64 softmax attention, and
-ours with its own kernel formed explicitly.
+a busy machine slows all columns alike: read ratios, not milliseconds. Where
+times of a table spread by more than 15 % (interquartile range over median, the
+median of its columns), they are taken again, and the program ends if they still
+do. Before anything is timed, each column is compared with float64 softmax
+attention, and ours with its own kernel formed explicitly.
 
     python -m benchmarks.attention                     # time, core and layer
     python -m benchmarks.attention --memory            # peak memory too
@@ -39,6 +41,7 @@ def parse_args():
     add("--window", type=int, default=256, help="keys that a window has")
     add("--repeats", type=int, default=9, help="of each time")
     add("--budget", type=float, default=10, help="seconds per slow column")
+    add("--spread", type=float, default=0.15, help="most that is written")
     add("--levels", nargs="+", default=["core", "layer"], help="what is timed")
     add(
         "--positions",

@@ -20,6 +20,21 @@ DRAWN = {
     "floor": ("its matrix products alone", None),
     "tensors": ("q, k, v, output and their gradients", None),
 }
+# Columns of the summary of each level, as docs/benchmarks.md has them.
+SUMMARIES = {
+    "layer": {
+        "ours": "ours",
+        "ours causal": "ours, causal",
+        "softmax": "`MultiHeadAttention`",
+        "Model Garden": "Model Garden's `KernelAttention`",
+    },
+    "core": {
+        "ours": "ours",
+        "ours causal": "ours, causal",
+        "softmax": "softmax",
+        "floor": "GEMMs alone",
+    },
+}
 TITLES = {
     "core": "attention of given queries, keys and values",
     "layer": "the whole layer",
@@ -32,40 +47,39 @@ def best(rows, **keys):
     return min(found, key=lambda r: r["median"], default=None)
 
 
+def milliseconds(rows, mode, **keys):
+    """Of the better of XLA and not, or `None`.
+
+    The floor of a training step is three times that of the forward pass.
+    """
+    if keys["column"] == "floor":
+        row = best(rows, mode="forward", **keys)
+        factor = 1e3 if mode == "forward" else 3e3
+    else:
+        row, factor = best(rows, mode=mode, **keys), 1e3
+    return factor * row["median"] if row else None
+
+
 def tables(record):
     """Markdown: medians of the better of XLA and not, memory, decode."""
     rows = record.get("timings", [])
     lines = []
-    for level in dict.fromkeys(r["level"] for r in rows):
+    levels = list(dict.fromkeys(r["level"] for r in rows))
+    for level in levels:
+        lines += [f"# {level.title()}, a training step", ""]
+        lines += _times(rows, level, MODES[1], SUMMARIES[level], "{:,.0f}")
+    for level in levels:
+        names = dict.fromkeys(r["column"] for r in rows if r["level"] == level)
+        names = {name: name for name in names}
         for mode in MODES:
-            here = [r for r in rows if r["level"] == level]
-            names = list(dict.fromkeys(r["column"] for r in here))
-            lines += [
-                f"{level}, {mode}, milliseconds",
-                "",
-                "| length | " + " | ".join(names) + " |",
-                "| --- " * (len(names) + 1) + "|",
-            ]
-            for length in sorted({r["length"] for r in here}):
-                cells = []
-                for name in names:
-                    is_floor = name == "floor"
-                    row = best(
-                        here,
-                        length=length,
-                        column=name,
-                        mode="forward" if is_floor else mode,
-                    )
-                    factor = 3e3 if is_floor and mode != "forward" else 1e3
-                    cells.append(
-                        f"{factor * row['median']:.1f}" if row else "–"
-                    )
-                lines.append(f"| {length} | " + " | ".join(cells) + " |")
-            lines.append("")
+            lines += [f"# All of {level}, {mode}, milliseconds", ""]
+            lines += _times(rows, level, mode, names, "{:,.1f}")
     if "memory" in record:
         lines += [
-            "core, forward + backward, batch 1: peak MiB, and over the bytes "
-            "of q, k, v, output and their gradients",
+            "# Memory",
+            "",
+            "Core, forward + backward, batch 1: peak MiB, and over the bytes "
+            "of q, k, v, output and their gradients.",
             "",
             "| column | XLA | length | MiB | ratio |",
             "| --- | --- | --- | --- | --- |",
@@ -78,7 +92,7 @@ def tables(record):
         lines.append("")
     if "decode" in record:
         lines += [
-            "layer, decoding one token",
+            "# One token of a layer",
             "",
             "| column | position | microseconds | bytes |",
             "| --- | --- | --- | --- |",
@@ -90,6 +104,24 @@ def tables(record):
         ]
         lines.append("")
     return "\n".join(lines)
+
+
+def _times(rows, level, mode, names, form):
+    """Lines of a table: milliseconds by length and column."""
+    here = [r for r in rows if r["level"] == level]
+    names = {k: v for k, v in names.items() if best(here, column=k)}
+    lines = [
+        f"| {level} | " + " | ".join(names.values()) + " |",
+        "| --- " * (len(names) + 1) + "|",
+    ]
+    for length in sorted({r["length"] for r in here}):
+        times = [
+            milliseconds(here, mode, length=length, column=name)
+            for name in names
+        ]
+        cells = ["–" if t is None else form.format(t) for t in times]
+        lines.append(f"| {length:,} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def plot(record):

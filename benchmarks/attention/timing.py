@@ -1,6 +1,7 @@
 """Times of all columns, interleaved, with their compilation apart."""
 
 import math
+import sys
 import time
 
 import keras
@@ -76,6 +77,36 @@ def measure(runs, repeats, budget=math.inf):
     return first, seconds
 
 
+def measure_steadily(runs, repeats, spread, budget=math.inf):
+    """`measure`, twice more while times spread too much.
+
+    Args:
+        runs, repeats, budget: as there.
+        spread: the most that a run's interquartile range may be of its median,
+            by the median of all runs. Beyond it the program ends.
+    """
+    first = None
+    for _ in range(3):
+        calls, seconds = measure(runs, repeats, budget)
+        first = first or calls  # Later ones compile nothing.
+        found = spread_of(seconds)
+        if found <= spread:
+            return first, seconds
+        print(f"times spread by {found:.0%}", flush=True)
+    sys.exit(
+        f"Times spread by {found:.0%}, more than --spread {spread:.0%}: the "
+        "machine does other work. Nothing of this table is written."
+    )
+
+
+def spread_of(seconds):
+    """Interquartile range over median, the median of all runs."""
+    low, middle, high = np.transpose(
+        [np.quantile(x, (0.25, 0.5, 0.75)) for x in seconds.values()]
+    )
+    return float(np.median((high - low) / middle))
+
+
 def every(interval):
     """A function that prints a line, but only after so many seconds."""
     last = time.monotonic()
@@ -110,7 +141,9 @@ def timings(args, save):
             batch = max(1, args.tokens // length)
             print(f"\n{level}, {length} tokens, compiling …", flush=True)
             runs = compiled_columns(args, level, batch, length)
-            first, seconds = measure(runs, args.repeats, args.budget)
+            first, seconds = measure_steadily(
+                runs, args.repeats, args.spread, args.budget
+            )
             for (name, mode, jit), values in seconds.items():
                 rows.append(
                     {
