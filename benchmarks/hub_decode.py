@@ -3,7 +3,8 @@
 A small Llama of 64-dim heads as it is, and converted; both go through their own
 `generate_step`, greedy, one compiled program for each length. What runs before
 the first token, prefill, is cut: caches are filled from one token, and the time
-of one new token is taken from that of several.
+of one new token is taken from that of several. Whole calls of `generate`, with
+the prompt, are timed beside them.
 
     python benchmarks/hub_decode.py --output results/streams/hub_decode.json
 """
@@ -40,6 +41,15 @@ def parse_args():
     add("--head-dim", type=int, default=64, help="size")
     add("--tokens", type=int, default=65, help="new tokens of a run")
     add("--repeats", type=int, default=5, help="of each time")
+    add(
+        "--prompts",
+        type=int,
+        nargs="*",
+        default=[128, 4096],
+        help="tokens before whole calls",
+    )
+    add("--new", type=int, default=1000, help="new tokens of a whole call")
+    add("--whole-repeats", type=int, default=3, help="of each whole call")
     add(
         "--output",
         type=Path,
@@ -117,37 +127,85 @@ def seconds_of_token(generate, args, position):
     return (seconds(args.tokens) - seconds(1)) / (args.tokens - 1)
 
 
+def seconds_of_call(generate, args, prompt):
+    """Seconds of a whole call, the prompt included."""
+    length = prompt + args.new
+    ids = np.ones((args.batch, length), "int32")
+    mask = np.broadcast_to(np.arange(length) < prompt, ids.shape)
+    start = time.perf_counter()
+    output = generate({"token_ids": ids, "padding_mask": mask})
+    output["token_ids"].numpy()
+    return time.perf_counter() - start
+
+
+def in_turns(cells, repeats, seconds_of):
+    """Median seconds of cells.
+
+    In turns, so that a machine that slows down does so for all; the first turn
+    compiles.
+    """
+    seconds = {cell: [] for cell in cells}
+    for lap in range(1 + repeats):
+        for name, tokens in cells:
+            turn = f"turn {lap} of {repeats}" if lap else "compiling"
+            print(f"{turn}: {name}, {tokens:,} tokens …", flush=True)
+            found = seconds_of(name, tokens)
+            if lap:
+                seconds[name, tokens].append(found)
+    return {cell: statistics.median(found) for cell, found in seconds.items()}
+
+
 def measure(args):
+    """Rows of tokens at positions, and rows of whole calls."""
     # Of the one token that fills the caches.
     warnings.filterwarnings("ignore", "You are using a softmax over axis")
     model = language_model(args)
     converted, _ = keras_kt.convert_attention(model, seed=0)
     tasks = {"original": model, "converted": converted}
+    for task in tasks.values():
+        task.compile(sampler=Sampler(), jit_compile=True)
+    generates = {k: task.make_generate_function() for k, task in tasks.items()}
+    cells = list(itertools.product(tasks, args.prompts))
+    calls = in_turns(
+        cells,
+        args.whole_repeats,
+        lambda name, prompt: seconds_of_call(generates[name], args, prompt),
+    )
     generates = {name: without_prefill(task) for name, task in tasks.items()}
+    sizes = {}
+
+    def of_token(name, position):
+        seconds = seconds_of_token(generates[name], args, position)
+        sizes.setdefault((name, position), tasks[name].sampler.cache_bytes)
+        return seconds
+
     cells = list(itertools.product(tasks, args.positions))
-    seconds, sizes = {cell: [] for cell in cells}, {}
-    # In turns, so that a machine that slows down does so for all; the first
-    # turn compiles.
-    for lap in range(1 + args.repeats):
-        for name, position in cells:
-            turn = f"turn {lap} of {args.repeats}" if lap else "compiling"
-            print(f"{turn}: {name}, {position:,} tokens …", flush=True)
-            found = seconds_of_token(generates[name], args, position)
-            sizes.setdefault((name, position), tasks[name].sampler.cache_bytes)
-            if lap:
-                seconds[name, position].append(found)
-    return [
+    rows = [
         {
             "model": name,
             "position": position,
-            "milliseconds": 1e3 * statistics.median(seconds[name, position]),
+            "milliseconds": 1e3 * seconds,
             "cache_bytes": sizes[name, position],
         }
-        for name, position in cells
+        for (name, position), seconds in in_turns(
+            cells, args.repeats, of_token
+        ).items()
     ]
+    whole = [
+        {"model": name, "prompt": prompt, "seconds": seconds}
+        for (name, prompt), seconds in calls.items()
+    ]
+    return rows, whole
 
 
-def show(rows):
+def show(rows, whole):
+    console = Console()
+    table = Table("model", "prompt", "seconds")
+    for row in whole:
+        table.add_row(
+            row["model"], f"{row['prompt']:,}", f"{row['seconds']:.2f}"
+        )
+    console.print(table)
     table = Table("model", "position", "ms per token", "cache, KiB")
     for row in rows:
         table.add_row(
@@ -156,7 +214,6 @@ def show(rows):
             f"{row['milliseconds']:.3f}",
             f"{row['cache_bytes'] / 1024:,.0f}",
         )
-    console = Console()
     console.print(table)
     times = {(x["model"], x["position"]): x["milliseconds"] for x in rows}
     first, last = (f(x["position"] for x in rows) for f in (min, max))
@@ -170,8 +227,8 @@ def show(rows):
 
 def main():
     args = parse_args()
-    rows = measure(args)
-    show(rows)
+    rows, whole = measure(args)
+    show(rows, whole)
     gpus = tf.config.list_physical_devices("GPU")
     details = [tf.config.experimental.get_device_details(x) for x in gpus]
     modules = keras, keras_hub, tf, keras_kt
@@ -180,6 +237,7 @@ def main():
         "device": [x.get("device_name") for x in details] or platform.machine(),
         "versions": {m.__name__: m.__version__ for m in modules},
         "rows": rows,
+        "whole": whole,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(record) + "\n")

@@ -182,6 +182,26 @@ def test_attention_checks_itself_and_decodes(tmp_path):
 
 
 @pytest.mark.slow
+def test_generation_is_timed_whole_and_by_token(tmp_path):
+    pytest.importorskip("keras_hub")
+    done = command(
+        *"benchmarks/hub_decode.py --layers 1 --heads 2 --head-dim 8".split(),
+        *"--positions 10 40 --tokens 5 --repeats 1 --prompts 8".split(),
+        *("--new", 4, "--whole-repeats", 1, "--output", tmp_path / "x.json"),
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "x.json").read_text())
+    whole = {row["model"]: row["seconds"] for row in record["whole"]}
+    assert set(whole) == {"original", "converted"} and min(whole.values()) > 0
+    sizes = {
+        (row["model"], row["position"]): row["cache_bytes"]
+        for row in record["rows"]
+    }
+    assert sizes["original", 40] > sizes["original", 10]
+    assert sizes["converted", 40] == sizes["converted", 10]
+
+
+@pytest.mark.slow
 def test_attention_measures_peaks():
     done = command(
         *("-m", "benchmarks.attention", "--peak", "softmax", 512, "no-XLA"),
