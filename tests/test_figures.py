@@ -269,6 +269,19 @@ def claims_of_benchmarks():
             if row["position"] == position
         ]
         yield f"| {position:,} | {' | '.join(cells)} |"
+    calls = {(x["model"], x["prompt"]): x["seconds"] for x in hub["whole"]}
+    sentence = f"Whole calls of {hub['new']:,} new tokens take "
+    for prompt, (text, verb) in {
+        128: ("after a prompt of {:,} tokens", "times as fast"),
+        4096: ("after one of {:,}", "times"),
+    }.items():
+        ours, theirs = calls["converted", prompt], calls["original", prompt]
+        converted = "converted " if prompt == 128 else ""
+        sentence += (
+            f"{theirs:.1f} s and {converted}{ours:.1f} s "
+            f"{text.format(prompt)} ({theirs / ours:.1f} {verb}), "
+        )
+    yield sentence.removesuffix(", ")
     stream = record("streams/long_stream.json")
     assert stream["restart_equals"] and stream["tokens"] == 10**6
     yield (
@@ -288,7 +301,7 @@ def claims_of_benchmarks():
         f"{growth[2]} and {growth[3]} with the gradient"
     )
     ratios = record("ratios.json")
-    for line in tables(ratios).splitlines():
+    for line in dict.fromkeys(tables(ratios).splitlines()):
         if re.match(r"\|.*\d", line):
             yield line
     arguments = ratios["short"]["arguments"]
@@ -300,6 +313,15 @@ def claims_of_benchmarks():
     yield f"{ratios['steps']['arguments']['steps']} tokens in a loop"
     yield (
         f'Up to {SHORT[0]} tokens, causal {SHORT[1]}, `"auto"` forms the matrix'
+    )
+    under_xla = {
+        (row["heads"], row["length"]): row["ratio"]["XLA"]
+        for row in ratios["routes"]["rows"]
+    }
+    assert all(under_xla[x, 64] > 1 for x in ("4x16", "8x32"))
+    yield (
+        "with narrow heads under XLA, "
+        '`implementation="linear"` is faster from 64 tokens on'
     )
     tensors = record("memory.json")["memory"][-1]["tensors"]
     ratios = [

@@ -8,9 +8,9 @@ from keras_kt.ops import states
 from keras_kt.ops.heads import part
 
 IMPLEMENTATIONS = ("auto", "linear", "quadratic")
-# Up to about these lengths training is faster by the matrix, with XLA and
-# without (heads of 16 to 64 on a CPU; without XLA up to twice as long):
-# python -m benchmarks.ratios --sections short
+# Up to about these lengths training by the matrix is faster, with XLA and
+# without, on an Intel Xeon; on an AMD EPYC half as far under XLA:
+# python -m benchmarks.ratios --sections routes
 SHORT_LENGTH = 64
 SHORT_CAUSAL_LENGTH = 128
 _DENSE_MASK = "a dense mask (`attention_mask`)"
