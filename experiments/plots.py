@@ -92,9 +92,12 @@ def draw_scores(tasks):
                     markersize=5,
                 )
         first = systems[places[0]][0]
-        panel.set_title(textwrap.fill(title(first), 40))
+        panel.set_title(textwrap.fill(title(first), 30))
         panel.set_xlabel(f"test {first['metric']}")
-        names = [name.replace("-num-features-", ", ") for name in places]
+        names = [
+            name.replace("-num-features-", ", ").replace("-qk-norm-", ", ")
+            for name in places
+        ]
         panel.set_yticks(range(len(places)), names)
         panel.set_ylim(len(places) - 0.5, -0.5)
         panel.grid(axis="x", color="0.9")
