@@ -1,8 +1,8 @@
 """Measures what docs/benchmarks.md says, and fills its tables.
 
 One benchmark after another, each a process of its own, since they must not
-disturb one another; some two hours on two quiet cores. Those of attention check
-agreement first, take repeats in turn, and write nothing where times spread.
+disturb one another; well over an hour on two quiet cores. `attention` checks
+agreement first; it and `ratios` write no table whose times spread.
 
     python -m benchmarks --model-garden tf_models_official-*.whl
     python -m benchmarks --only ratios tracing
@@ -64,7 +64,11 @@ def parse_args():
         choices=list(COMMANDS),
         help="what is measured",
     )
-    add("--model-garden", help="wheel of tf-models-official 2.20.0, a peer")
+    add(
+        "--model-garden",
+        help="wheel of tf-models-official 2.20.0; "
+        "without it the page loses the column of this peer",
+    )
     add("--dry-run", action="store_true", help="only say what would run")
     return parser.parse_args()
 

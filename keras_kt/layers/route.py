@@ -9,7 +9,7 @@ from keras_kt.ops.heads import part
 
 IMPLEMENTATIONS = ("auto", "linear", "quadratic")
 # Up to about these lengths training by the matrix is faster, with XLA and
-# without, on an Intel Xeon; on an AMD EPYC half as far under XLA:
+# without, on an Intel Xeon; on an AMD EPYC less far under XLA:
 # python -m benchmarks.ratios --sections routes
 SHORT_LENGTH = 64
 SHORT_CAUSAL_LENGTH = 128

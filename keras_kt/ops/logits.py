@@ -47,7 +47,7 @@ def of_features(query, key):
             shares *= of_its_logits[..., tf.newaxis]
             return (sums[0] + shares,), tf.reduce_sum(shares, axis=2)
 
-        # Not the scan's own: in a layer's graph that is a tenth more.
+        # Not the scan's own, which makes a layer's graph an eighth larger.
         rows = [query, of_logits]
         (of_key,), of_query = _walk(rows, add, (tf.zeros_like(key),))
         return of_query, of_key
