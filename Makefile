@@ -4,10 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 # Test processes at a time.
 JOBS ?= 2
-# Files with slow tests, the longest first.
-LONGEST = $(patsubst %,tests/test_%.py,crossed sliding_window distance tfp_laws \
-  export_matrix hub_families streaming_model hub_generation)
-SLOW = $(LONGEST) $(filter-out $(LONGEST),$(shell grep -lE "mark.slow|one_quick|one_in" tests/test_*.py))
+# Files with slow tests: the longest, and the others.
+LONGEST = $(patsubst %,tests/test_%.py,export_matrix tfp_laws attention experiments \
+  distance examples benchmarks crossed sliding_window hub_generation attend quiet)
+OTHERS = $(filter-out $(LONGEST),$(shell grep -lE "mark.slow|one_quick|one_in" tests/test_*.py))
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: install demo test test-all lint conformance approximation docs tpu-check \
@@ -24,9 +24,10 @@ test: install
 	$(VENV)/bin/python -m pytest -n $(JOBS) -m "not slow" tests
 
 # What `make test` leaves out: slow tests, and Keras's own.
-# A process for each file: compiled programs stay in memory.
+# A process for few files: compiled programs stay in memory.
 test-all: install
-	printf '%s\n' $(SLOW) | xargs -P $(JOBS) -n 1 $(VENV)/bin/python -m pytest -m slow
+	{ printf '%s\n' $(LONGEST); printf '%s %s %s\n' $(OTHERS); } \
+	  | xargs -P $(JOBS) -L 1 $(VENV)/bin/python -m pytest -m slow
 	$(MAKE) conformance
 
 # Keras's own tests of attention layers, with ours in their place.

@@ -153,8 +153,9 @@ def test_tables_of_ratios_come_from_the_record():
 def test_ratios_are_written_unless_times_spread(spread, code, tmp_path):
     done = command(
         *("-m", "benchmarks.ratios", "--heads", "2x4", "--lengths", 16),
-        *("--tokens", 32, "--core-length", 32, "--batches", 1, "--steps", 4),
-        *("--repeats", 3, f"--spread={spread}", "--output", tmp_path / "x"),
+        *("--route-lengths", 16, "--tokens", 32, "--core-length", 32),
+        *("--batches", 1, "--steps", 4, "--repeats", 3),
+        *(f"--spread={spread}", "--output", tmp_path / "x"),
     )
     assert done.returncode == code, done.stderr
     assert (tmp_path / "x.md").exists() == (not code)
@@ -218,13 +219,13 @@ def test_attention_measures_peaks():
 def test_window_compares_time_and_memory(tmp_path):
     path = tmp_path / "window.json"
     done = command(
-        *("benchmarks/window.py", "--lengths", 64, 128, "--window", 5),
+        *("benchmarks/window.py", "--lengths", 64, "--window", 5),
         *"--heads 2 --head-dim 4 --features 8 --repeats 1".split(),
         *("--output", path),
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(path.read_text())["rows"]
-    assert [row["tokens"] for row in rows] == 6 * [64] + 6 * [128]
+    assert [row["tokens"] for row in rows] == 6 * [64]
     assert all(row["ratio"] > 0 for row in rows)
 
 

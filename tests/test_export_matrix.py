@@ -4,6 +4,7 @@
 each cell is either checked to its tolerance or stands there as not working.
 """
 
+import functools
 import re
 from pathlib import Path
 
@@ -96,11 +97,24 @@ def batch_of(feature, batch, length):
     return arrays
 
 
+# What runtimes share; the cells of a feature are next to each other.
+@functools.lru_cache(maxsize=1)
+def dynamic(feature):
+    """A model of dynamic batch and length."""
+    return network(feature, None, None, "linear")
+
+
+@functools.lru_cache(maxsize=2)
+def exported(feature, folder, jit_compile=False):
+    """It and its SavedModel, in a folder of all tests."""
+    model = dynamic(feature)
+    path = folder / f"{feature}, {'XLA' if jit_compile else 'graph'}"
+    version = keras_kt.export_saved_model(model, path, jit_compile=jit_compile)
+    return model, version
+
+
 def saved_model(feature, tmp_path, c_program, jit_compile=False):
-    model = network(feature, None, None, "linear")
-    folder = keras_kt.export_saved_model(
-        model, tmp_path, jit_compile=jit_compile
-    )
+    model, folder = exported(feature, tmp_path.parent, jit_compile)
     # Whole, since a signature does not keep its weights alive.
     artifact = tf.saved_model.load(folder)
 
@@ -116,8 +130,7 @@ def xla(feature, tmp_path, c_program):
 
 
 def c_host(feature, tmp_path, c_program):
-    model = network(feature, None, None, "linear")
-    folder = keras_kt.export_saved_model(model, tmp_path / "model")
+    model, folder = exported(feature, tmp_path.parent)
 
     def run(arrays):
         return runtimes.serve(c_program, folder, arrays, tmp_path)["y"]
@@ -129,7 +142,7 @@ def onnx(feature, tmp_path, c_program):
     import onnxruntime
     import tf2onnx
 
-    model = network(feature, None, None, "linear")
+    model = dynamic(feature)
     specs = [
         tf.TensorSpec(x.shape, x.dtype, name) for name, x in model.input.items()
     ]
@@ -149,8 +162,7 @@ def onnx(feature, tmp_path, c_program):
 def open_vino(feature, tmp_path, c_program):
     """It reads the SavedModel itself."""
     openvino = pytest.importorskip("openvino")
-    model = network(feature, None, None, "linear")
-    folder = keras_kt.export_saved_model(model, tmp_path)
+    model, folder = exported(feature, tmp_path.parent)
     compiled = openvino.compile_model(folder, "CPU", OPEN_VINO)
     return model, lambda arrays: compiled(arrays)["y"], (79, 11)
 
@@ -207,14 +219,19 @@ def cells():
                 )
 
 
+@functools.lru_cache(maxsize=2)
+def answer(model, feature, length):
+    arrays = batch_of(feature, 2, length)
+    return tf.function(model, autograph=False)(arrays)["y"]
+
+
 @pytest.mark.filterwarnings("ignore:.*jit_compile.*")
 @pytest.mark.parametrize("feature, runtime", list(cells()))
 def test_runtime_equals_keras(feature, runtime, tmp_path, host):
     model, run, lengths = EXPORTS[runtime](feature, tmp_path, host)
     for length in lengths:
-        arrays = batch_of(feature, 2, length)
-        expected = tf.function(model, autograph=False)(arrays)["y"]
-        error = np.abs(run(arrays) - expected).max()
+        output = run(batch_of(feature, 2, length))
+        error = np.abs(output - answer(model, feature, length)).max()
         print(feature, runtime, length, error)
         assert error < MATRIX[feature][runtime]
 

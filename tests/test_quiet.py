@@ -93,25 +93,18 @@ QUICK = [
     {"is_causal": True, "feature_map": "trigonometric"},
     {"is_causal": False, "feature_map": "positive"},
 ]
-# Every prior, each map and causality with several of them.
+# Every prior; each map, decay and near field both causal and not.
 ALL = [
-    {"is_causal": causal, "spectral_prior": prior, "feature_map": feature_map}
-    for prior, causal, feature_map in (
-        ("mixture", True, "positive"),
-        ("fastfood", False, "trigonometric"),
-        ("generator", True, "positive"),
-        ("distribution", False, "positive"),
-        ("distribution", True, "trigonometric"),
+    {"is_causal": causal, "spectral_prior": prior, "feature_map": name, **more}
+    for prior, causal, name, more in (
+        ("mixture", True, "positive", {"decay": "gated"}),
+        ("fastfood", False, "trigonometric", {}),
+        ("generator", True, "positive", {"near_field": 3}),
+        ("normal", False, "positive", {"near_field": 3}),
+        ("distribution", False, "positive", {"decay": "gated"}),
+        ("distribution", True, "trigonometric", {"decay": "constant"}),
     )
 ]
-ALL += [
-    {"is_causal": is_causal, **more}
-    for more in ({"decay": "gated"}, {"near_field": 3})
-    for is_causal in (False, True)
-]
-ALL.append(
-    {"is_causal": True, "feature_map": "trigonometric", "decay": "constant"}
-)
 
 
 @pytest.mark.slow

@@ -80,6 +80,8 @@ def layer_contract(
     np.testing.assert_allclose(compiled, eager, atol=exact_jit)
 
     model.compile("adam", "mse", jit_compile=jit_fit)
+    # Else Keras traces the step twice; other tests leave it to `fit`.
+    model.optimizer.build(model.trainable_variables)
     before = [w.numpy() for w in layer.trainable_weights]
     model.fit(arrays, np.ones_like(eager), batch_size=1, verbose=0)
     after = [w.numpy() for w in layer.trainable_weights]
