@@ -81,6 +81,8 @@ COLUMNS = {
     "trace": "trace, s",
     "first": "first step, s",
     "compile": "compile by XLA, s",
+    "fit": "first `fit`, s",
+    "built": "its optimizer built, s",
 }
 
 
@@ -148,7 +150,20 @@ def measure(args, name, blocks):
     row["first"] = {key: first[key] + trace[key] for key in first}
     compiled = step_of(network, True)
     _, row["compile"] = timed(lambda: compiled(batch)[0].numpy())
+    row["fit"] = first_fit(args, name, blocks, batch, is_built=False)
+    row["built"] = first_fit(args, name, blocks, batch, is_built=True)
     return row
+
+
+def first_fit(args, name, blocks, batch, is_built):
+    """Seconds of one step by Keras, which is traced again where the first
+    trace makes variables: those of an optimizer that is not built."""
+    network = model(args, name, blocks)
+    network.compile("adam", "mse", jit_compile=False)
+    if is_built:
+        network.optimizer.build(network.trainable_variables)
+    _, seconds = timed(lambda: network.fit(batch, batch, verbose=0))
+    return seconds
 
 
 def table(record):

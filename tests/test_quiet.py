@@ -97,9 +97,9 @@ QUICK = [
 ALL = [
     {"is_causal": causal, "spectral_prior": prior, "feature_map": name, **more}
     for prior, causal, name, more in (
-        ("mixture", True, "positive", {"decay": "gated"}),
+        ("mixture", True, "positive", {"near_field": 3}),
         ("fastfood", False, "trigonometric", {}),
-        ("generator", True, "positive", {"near_field": 3}),
+        ("generator", True, "positive", {"decay": "gated"}),
         ("normal", False, "positive", {"near_field": 3}),
         ("distribution", False, "positive", {"decay": "gated"}),
         ("distribution", True, "trigonometric", {"decay": "constant"}),
