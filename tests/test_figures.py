@@ -363,12 +363,24 @@ def claims_of_benchmarks():
     for row in record("tracing_seconds.json")["rows"]:
         times = [
             f"{row[kind]['cpu']:.1f} ({row[kind]['wall']:.1f})"
-            for kind in ("trace", "first", "compile")
+            for kind in ("trace", "first", "compile", "fit", "built")
         ]
         yield (
             f"| {row['row']} | {row['blocks']} | {row['operations']:,} "
             f"| {' | '.join(times)} |"
         )
+    ours, theirs = (
+        {kind: row[kind]["wall"] for kind in ("fit", "built", "first")}
+        for row in record("tracing_seconds.json")["rows"]
+        if row["blocks"] == 4
+    )
+    for row in ours, theirs:
+        yield f"from {row['fit']:.1f} s to {row['built']:.1f} of"
+    ratios = {kind: seconds / theirs[kind] for kind, seconds in ours.items()}
+    yield (
+        "takes {fit:.1f} times as long as softmax's, {built:.1f} with the "
+        "optimizer built; the step alone {first:.1f}."
+    ).format(**ratios)
 
 
 def mebibytes(count):
