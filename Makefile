@@ -10,7 +10,7 @@ LONGEST = $(patsubst %,tests/test_%.py,export_matrix tfp_laws attention experime
 OTHERS = $(filter-out $(LONGEST),$(shell grep -lE "mark.slow|one_quick|one_in" tests/test_*.py))
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: install demo test test-all lint conformance approximation docs tpu-check \
+.PHONY: install demo test test-all test-exhaustive lint conformance approximation docs tpu-check \
   matrix package
 
 install: $(VENV)/.installed
@@ -27,8 +27,12 @@ test: install
 # A process for few files: compiled programs stay in memory.
 test-all: install
 	{ printf '%s\n' $(LONGEST); printf '%s %s %s\n' $(OTHERS); } \
-	  | xargs -P $(JOBS) -L 1 $(VENV)/bin/python -m pytest -m slow
+	  | xargs -P $(JOBS) -L 1 $(VENV)/bin/python -m pytest -m "slow and not exhaustive"
 	$(MAKE) conformance
+
+# More combinations of what other tests cover one by one, before a release.
+test-exhaustive: install
+	$(VENV)/bin/python -m pytest -n $(JOBS) -m exhaustive tests
 
 # Keras's own tests of attention layers, with ours in their place.
 conformance: install

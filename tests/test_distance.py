@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_kt
-from tests.helpers.contract import layer_contract, one_in
+from tests.helpers.contract import exhaustive, layer_contract, one_in
 from tests.helpers.tensors import array, wrong
 
 pytestmark = [
@@ -36,10 +36,20 @@ def make(**options):
     return keras_kt.KernelizedAttention(3, 5, seed=1, **options)
 
 
+# These have decay, near field and window; the others repeat them.
+MIXED = LAYERS[2], LAYERS[4], LAYERS[6]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options, causal",
-    [*((options, True) for options in LAYERS), (LAYERS[4], False)],
+    [
+        *(
+            (options, True) if options in MIXED else exhaustive(options, True)
+            for options in LAYERS
+        ),
+        (LAYERS[4], False),
+    ],
     ids=name_of,
 )
 def test_contract_of_the_options(options, causal, tmp_path):
@@ -48,7 +58,7 @@ def test_contract_of_the_options(options, causal, tmp_path):
         (SHAPE, SHAPE),
         tmp_path,
         call={"use_causal_mask": causal},
-        jit_fit=options == LAYERS[0],
+        jit_fit=options in (LAYERS[0], LAYERS[2]),
     )
     config = make(**options).get_config()
     for name in ("decay", "near_field", "sliding_window"):
@@ -117,7 +127,11 @@ def test_masked_tokens_leave_a_fading_state_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", LAYERS[3:], ids=name_of)
+@pytest.mark.parametrize(
+    "options",
+    [x if x in MIXED else exhaustive(x) for x in LAYERS[3:]],
+    ids=name_of,
+)
 def test_a_stream_with_a_window_is_served(options, tmp_path):
     layer = make(**options)
     x = array(SHAPE)

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 import keras_kt
 from tests.helpers import runtimes
+from tests.helpers.contract import exhaustive
 
 PAGE = Path(__file__).parent.parent / "docs" / "serving.md"
 CAUSAL = {"use_causal_mask": True}
@@ -69,6 +70,15 @@ for name in FEATURES:
 OPEN_VINO = {"INFERENCE_PRECISION_HINT": "f32"}
 # Cells that are quick enough for every run of the tests.
 QUICK = {("causal", "SavedModel"), ("bidirectional", "LiteRT, matrix")}
+# Converters take up to a minute: in CI for each kind of loop.
+CONVERTED = "ONNX", "LiteRT", "LiteRT, matrix"
+KINDS = (
+    "causal, masked",
+    "trigonometric",
+    "constant decay, causal",
+    "near field, causal",
+    "inputs of rank 4",
+)
 
 
 def network(feature, batch, length, implementation):
@@ -210,13 +220,14 @@ def cells():
     for feature, row in MATRIX.items():
         for runtime, tolerance in row.items():
             if tolerance is not None:
-                is_quick = (feature, runtime) in QUICK
-                yield pytest.param(
-                    feature,
-                    runtime,
-                    marks=() if is_quick else pytest.mark.slow,
-                    id=f"{feature}-{runtime}",
-                )
+                name = f"{feature}-{runtime}"
+                if (feature, runtime) in QUICK:
+                    yield pytest.param(feature, runtime, id=name)
+                elif runtime in CONVERTED and feature not in KINDS:
+                    yield exhaustive(feature, runtime, id=name)
+                else:
+                    slow = pytest.mark.slow
+                    yield pytest.param(feature, runtime, marks=slow, id=name)
 
 
 @functools.lru_cache(maxsize=2)

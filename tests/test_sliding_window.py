@@ -10,7 +10,7 @@ import tensorflow as tf
 import keras_kt
 from keras_kt import ops
 from tests.helpers import blocks, cases, problems, reference
-from tests.helpers.contract import layer_contract
+from tests.helpers.contract import exhaustive, layer_contract
 from tests.helpers.problems import ALGORITHMS, CAUSAL, TRIGONOMETRIC
 from tests.helpers.tensors import Identity, array, visible, wrong
 
@@ -386,7 +386,9 @@ def test_nothing_of_the_size_of_length_times_window_is_formed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", LAYERS[2:4], ids=name_of)
+@pytest.mark.parametrize(
+    "options", [LAYERS[2], exhaustive(LAYERS[3])], ids=name_of
+)
 def test_contract(options, tmp_path):
     layer_contract(lambda: make(**options), (SHAPE, SHAPE), tmp_path)
 

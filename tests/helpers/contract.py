@@ -6,6 +6,12 @@ import pytest
 import tensorflow as tf
 
 
+def exhaustive(*case, id=None):
+    """A case that combines what others cover one by one: before a release."""
+    marks = pytest.mark.slow, pytest.mark.exhaustive
+    return pytest.param(*case, marks=marks, id=id)
+
+
 def one_quick(cases):
     """Cases of a contract: the first in the quick suite, the rest slow.
 
