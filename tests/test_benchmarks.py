@@ -24,6 +24,7 @@ TINY = "--length 11 --heads 2 --head-dim 4 --blocks 1".split()
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "flags", [["--counts-only"], pytest.param([], marks=pytest.mark.slow)]
 )
@@ -149,6 +150,7 @@ def test_tables_of_ratios_come_from_the_record():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("spread, code", [("9", 0), ("-1", 1)])
 def test_ratios_are_written_unless_times_spread(spread, code, tmp_path):
     done = command(
@@ -163,6 +165,7 @@ def test_ratios_are_written_unless_times_spread(spread, code, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_attention_checks_itself_and_decodes(tmp_path):
     done = command(
         *("-m", "benchmarks.attention", "--no-timings", "--decode"),
@@ -183,6 +186,7 @@ def test_attention_checks_itself_and_decodes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_generation_is_timed_whole_and_by_token(tmp_path):
     pytest.importorskip("keras_hub")
     done = command(
@@ -203,6 +207,7 @@ def test_generation_is_timed_whole_and_by_token(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_attention_measures_peaks():
     done = command(
         *("-m", "benchmarks.attention", "--peak", "softmax", 512, "no-XLA"),
@@ -216,6 +221,7 @@ def test_attention_measures_peaks():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_window_compares_time_and_memory(tmp_path):
     path = tmp_path / "window.json"
     done = command(
@@ -240,6 +246,7 @@ def test_errors_of_approximations_are_one_a_row(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("options", [{}, {"near_field": 3, "decay": "gated"}])
 def test_a_long_stream_equals_its_restart_and_the_whole_call(options):
     """The script raises where a half differs, or where the state grows."""
@@ -260,6 +267,7 @@ def test_a_long_stream_equals_its_restart_and_the_whole_call(options):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_script_of_a_long_stream_writes_its_record(tmp_path):
     script = ROOT / "benchmarks" / "long_stream.py"
     path = tmp_path / "record.json"
@@ -281,6 +289,7 @@ def test_patches_of_a_digit_are_squares_of_it():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_gallery_is_drawn(tmp_path):
     toys.write_digits(tmp_path, 60)
     done = command(

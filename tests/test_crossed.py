@@ -10,6 +10,7 @@ from tests.helpers.problems import ALGORITHMS, CAUSAL
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.filterwarnings("ignore:FastFoodPrior needs a power"),
 ]
 
