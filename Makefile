@@ -6,14 +6,12 @@ VENV ?= .venv
 JOBS ?= 2
 # Files with slow tests: the longest, and the others.
 LONGEST = $(patsubst %,tests/test_%.py,export_matrix tfp_laws attention experiments \
-  distance examples sliding_window hub_generation attend quiet)
-# Those whose slow tests are all exhaustive.
-EXHAUSTIVE = $(patsubst %,tests/test_%.py,benchmarks crossed)
-OTHERS = $(filter-out $(LONGEST) $(EXHAUSTIVE),$(shell grep -lE "mark.slow|one_quick|one_in" tests/test_*.py))
+  distance examples crossed sliding_window hub_generation attend quiet benchmarks)
+OTHERS = $(filter-out $(LONGEST),$(shell grep -lE "mark.slow|one_quick|one_in" tests/test_*.py))
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: install demo test test-all test-exhaustive lint conformance approximation docs tpu-check \
-  matrix package
+.PHONY: install demo test test-all test-exhaustive lint conformance approximation \
+  docs tpu-check matrix package
 
 install: $(VENV)/.installed
 

@@ -17,6 +17,7 @@ from benchmarks import __main__ as benchmarks
 from benchmarks import approximation, gallery, long_stream, ratios
 from benchmarks.attention import report, timing
 from tests.helpers import toys
+from tests.helpers.contract import exhaustive
 from tests.helpers.scripts import command
 
 ROOT = Path(__file__).parent.parent
@@ -24,10 +25,7 @@ TINY = "--length 11 --heads 2 --head-dim 4 --blocks 1".split()
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    "flags", [["--counts-only"], pytest.param([], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("flags", [["--counts-only"], exhaustive([])])
 def test_tracing_counts_and_times(flags, tmp_path):
     path = tmp_path / "tracing"
     command = [sys.executable, str(ROOT / "benchmarks" / "tracing.py"), *TINY]
@@ -150,8 +148,7 @@ def test_tables_of_ratios_come_from_the_record():
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("spread, code", [("9", 0), ("-1", 1)])
+@pytest.mark.parametrize("spread, code", [exhaustive("9", 0), ("-1", 1)])
 def test_ratios_are_written_unless_times_spread(spread, code, tmp_path):
     done = command(
         *("-m", "benchmarks.ratios", "--heads", "2x4", "--lengths", 16),
@@ -165,7 +162,6 @@ def test_ratios_are_written_unless_times_spread(spread, code, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_attention_checks_itself_and_decodes(tmp_path):
     done = command(
         *("-m", "benchmarks.attention", "--no-timings", "--decode"),
@@ -186,7 +182,6 @@ def test_attention_checks_itself_and_decodes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_generation_is_timed_whole_and_by_token(tmp_path):
     pytest.importorskip("keras_hub")
     done = command(
@@ -207,7 +202,6 @@ def test_generation_is_timed_whole_and_by_token(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_attention_measures_peaks():
     done = command(
         *("-m", "benchmarks.attention", "--peak", "softmax", 512, "no-XLA"),
@@ -221,7 +215,6 @@ def test_attention_measures_peaks():
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_window_compares_time_and_memory(tmp_path):
     path = tmp_path / "window.json"
     done = command(
@@ -246,8 +239,9 @@ def test_errors_of_approximations_are_one_a_row(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("options", [{}, {"near_field": 3, "decay": "gated"}])
+@pytest.mark.parametrize(
+    "options", [{}, exhaustive({"near_field": 3, "decay": "gated"})]
+)
 def test_a_long_stream_equals_its_restart_and_the_whole_call(options):
     """The script raises where a half differs, or where the state grows."""
     record = long_stream.stream(20_000, 1000, options)
@@ -267,7 +261,6 @@ def test_a_long_stream_equals_its_restart_and_the_whole_call(options):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_the_script_of_a_long_stream_writes_its_record(tmp_path):
     script = ROOT / "benchmarks" / "long_stream.py"
     path = tmp_path / "record.json"
@@ -289,7 +282,6 @@ def test_patches_of_a_digit_are_squares_of_it():
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_the_gallery_is_drawn(tmp_path):
     toys.write_digits(tmp_path, 60)
     done = command(

@@ -10,7 +10,6 @@ from tests.helpers.problems import ALGORITHMS, CAUSAL
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.exhaustive,
     pytest.mark.filterwarnings("ignore:FastFoodPrior needs a power"),
 ]
 
