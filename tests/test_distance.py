@@ -48,6 +48,7 @@ MIXED = LAYERS[2], LAYERS[4], LAYERS[6]
             (options, True) if options in MIXED else exhaustive(options, True)
             for options in LAYERS
         ),
+        (LAYERS[2], False),
         (LAYERS[4], False),
     ],
     ids=name_of,
@@ -217,10 +218,6 @@ def test_what_has_no_meaning_is_refused():
     wrong("single attention axis", lambda: make(decay="gated")(grid, grid))
     wrong("single attention axis", lambda: make(near_field=2)(grid, grid))
     x = array(SHAPE)
-    signed = make(decay="gated", feature_map="trigonometric")
-    wrong(
-        "`use_causal_mask=True` or the attention matrix", lambda: signed(x, x)
-    )
     layer = make(near_field=3)
     state = make().initial_state(2)
     wrong("`state` must be a NearFieldState", lambda: layer.step(x, state))

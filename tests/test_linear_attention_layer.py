@@ -168,6 +168,10 @@ ROUTES = {
     "dense of keys": ({}, {"attention_mask": (1, 1, 1, KEYS)}),
     "decay": ({"decay": "constant"}, {"use_causal_mask": True}),
     "decay both ways": ({"decay": "constant"}, {"key_mask": (BATCH, KEYS)}),
+    "signed decay both ways": (
+        {"feature_map": "trigonometric", "decay": "constant"},
+        {"key_mask": (BATCH, KEYS)},
+    ),
     "gated": ({"decay": "gated"}, {"use_causal_mask": True}),
     "near": ({"near_field": 3}, {"use_causal_mask": True}),
     "near both ways": ({"near_field": 3, "decay": "constant"}, {}),
@@ -446,8 +450,6 @@ def test_wrong_rates_name_the_way_out():
         r"must be \(batch, key_length, num_key_value_heads, 1\)",
         lambda: gated(*tensors, decay=rates()[..., 0]),
     )
-    signed = make(decay="constant", feature_map="trigonometric")
-    wrong("needs `use_causal_mask=True`", lambda: signed(*tensors))
     wrong(
         "`near_field` needs a kernel in closed form",
         lambda: make(near_field=2, feature_map="trigonometric"),

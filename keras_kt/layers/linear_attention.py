@@ -83,8 +83,7 @@ class LinearAttention(HeadStream):
             `"constant"` the layer owns and learns λ ≥ 0 of each head, at the
             start for memories of 32 to 4096 tokens. With `"gated"` the caller
             computes λ of each token and gives it as `decay`. Masked tokens do
-            not count. Attention with trigonometric features has to be causal
-            then, or form the matrix.
+            not count.
         near_field: keys less than so many visible tokens from the query weigh
             by the kernel in closed form, those beyond by features. Needs
             positive features of a normal or mixture prior. Defaults to `None`.

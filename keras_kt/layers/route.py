@@ -93,15 +93,7 @@ def attend(
 def _attend_linearly(
     query, key, value, feature_map, *, same_length, causal, near, **options
 ):
-    fades = options["decay"] is not None
-    by_distance = fades or near is not None
-    has_far = near is None or near.has_far
-    if fades and has_far and not causal and not feature_map.positive:
-        raise ValueError(
-            "`decay` with trigonometric features needs `use_causal_mask=True` "
-            "or the attention matrix. Received: use_causal_mask=False. Use "
-            'positive features, or implementation="quadratic".'
-        )
+    by_distance = options["decay"] is not None or near is not None
     length = query.shape[1]
     is_static = length is not None
     same_length = same_length or (is_static and length == key.shape[1])

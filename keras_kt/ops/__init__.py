@@ -56,7 +56,7 @@ def attend(
         decay: `(batch, key_length, key_value_heads, 1)`, λ ≥ 0: token u
             multiplies the weights of all keys before it by exp(−λ_u), masked
             tokens by 1; a key after the query fades by the tokens from there
-            to itself. Signed features are causal then, or form the matrix.
+            to itself.
         near: a `NearField`, of positive features if it has a far field, or
             `None`.
         state: `AttentionState`, `NearFieldState` or `WindowState` of a causal
@@ -80,10 +80,8 @@ def attend(
         *near, has_far = near
         attend_near = window.attend if has_far else window.sliding
         return attend_near(*tokens, *near, **options)
-    if decay is not None and not causal:
-        return window.fading(*tokens, decay, key_mask=key_mask), None
     if not causal:
-        sums = linear.bidirectional(*tokens, key_mask=key_mask)
+        sums = linear.bidirectional(*tokens, **options)
     elif state is not None and query.shape[1] == 1:
         sums, state = linear.step(*tokens, state=state, **options)
     else:

@@ -3,7 +3,8 @@
     out_t = φ(q_t)·Σ_s φ(k_s) v_sᵀ / φ(q_t)·Σ_s φ(k_s)
 
 in three forms: `bidirectional`, `causal`, and `step` for one token. Each is a
-scan whose blocks absorb keys into a state and read it by queries.
+scan whose blocks absorb keys into a state and read it by queries. A decay is
+that of `ops.attend`, zero where masked.
 """
 
 from collections.abc import Callable
@@ -11,22 +12,24 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_kt.ops import chunks, heads, scaling
+from keras_kt.ops import chunks, exact_chunks, heads, scaling
 from keras_kt.ops.blocks import of_queries_and_keys
-from keras_kt.ops.heads import size_of, swap_heads
+from keras_kt.ops.heads import part, size_of, swap_heads
 from keras_kt.ops.scan import scan
 from keras_kt.ops.states import AttentionState, initial_state
 
 
-def bidirectional(query, key, value, feature_map, *, key_mask=None):
+def bidirectional(query, key, value, feature_map, *, key_mask=None, decay=None):
     """Every query sees every key.
 
     Args:
-        query, key, value, feature_map, key_mask: as in `ops.attend`.
+        query, key, value, feature_map, key_mask, decay: as in `ops.attend`.
 
     Returns:
         `Sums` of `(batch, query_length, heads, dim)`.
     """
+    if decay is not None:
+        return _fading(query, key, value, feature_map, key_mask, decay)
     repeats = query.shape[2] // key.shape[2]
     queries, keys = of_queries_and_keys(query, key, key_mask)
 
@@ -49,6 +52,35 @@ def bidirectional(query, key, value, feature_map, *, key_mask=None):
     return scaling.Sums(*(heads.unshare(x, repeats) for x in sums))
 
 
+def _fading(query, key, value, feature_map, key_mask, decay):
+    """`bidirectional` with a decay, of as many queries as keys."""
+    repeats = query.shape[2] // key.shape[2]
+    nothing = _nothing(key, value, feature_map)
+    _, blocks = of_queries_and_keys(query, key, key_mask, causal=True)
+    # Of all that comes after it each block sees a state.
+    _, future = scan(
+        _take_back,
+        [key, value, decay],
+        blocks,
+        results=0,
+        carry=nothing,
+        constants=feature_map,
+        reverse=True,
+        records=True,
+    )
+    sums, _ = scan(
+        _Block(chunks.attend, repeats),
+        [heads.share(query, repeats), key, value, decay],
+        blocks,
+        results=_results(feature_map),
+        carry=nothing,
+        each=_constant_scale(*future),
+        constants=feature_map,
+        otherwise=_exactly(feature_map, repeats),
+    )
+    return scaling.Sums(*(heads.unshare(x, repeats) for x in sums))
+
+
 def causal(
     query,
     key,
@@ -66,8 +98,7 @@ def causal(
     it is formed again in a slower way.
 
     Args:
-        query, key, value, feature_map, key_mask: as in `ops.attend`.
-        decay: likewise, zero where masked.
+        query, key, value, feature_map, key_mask, decay: as in `ops.attend`.
         state: `AttentionState` to resume from; `None` starts anew.
         with_scale: whether to return the scale of positive features, too.
 
@@ -83,9 +114,6 @@ def causal(
     inputs = [heads.share(query, repeats), key, value]
     if decay is not None:
         inputs.append(decay)
-    exactly = None
-    if feature_map.positive:
-        exactly = _Block(chunks.attend_exactly, repeats)
     sums, state = scan(
         _Block(chunks.attend, repeats),
         inputs,
@@ -93,7 +121,7 @@ def causal(
         results=2 if with_scale else _results(feature_map),
         carry=_constant_scale(*state),
         constants=feature_map,
-        otherwise=exactly,
+        otherwise=_exactly(feature_map, repeats),
     )
     sums = (heads.unshare(x, repeats) for x in sums)
     return scaling.Sums(*sums), _constant_scale(*state)
@@ -108,12 +136,10 @@ def step(query, key, value, feature_map, *, key_mask=None, decay=None, state):
     query, key, value = map(
         swap_heads, (heads.share(query, repeats), key, value)
     )
-    maximum, sums = state
-    if decay is not None and feature_map.positive:
-        maximum -= decay[:, 0]
-    elif decay is not None:
-        sums *= tf.exp(-swap_heads(decay))
-    state = _absorb(feature_map, key, value, keep, (maximum, sums))
+    if decay is not None:
+        state = _faded(feature_map, state, swap_heads(decay))
+    features = scaling.key_features(feature_map, key, keep)
+    state = _absorb(feature_map, features, value, keep, state)
     query = heads.split_rows(query, repeats)
     sums = scaling.read(feature_map, query, *state)
     sums = (swap_heads(heads.join_rows(x, repeats)) for x in sums)
@@ -125,7 +151,22 @@ def step(query, key, value, feature_map, *, key_mask=None, decay=None, state):
 
 
 def _take(tokens, keep, state, _, feature_map):
-    return [], _absorb(feature_map, *tokens, keep, state), True
+    key, value = tokens
+    features = scaling.key_features(feature_map, key, keep)
+    return [], _absorb(feature_map, features, value, keep, state), True
+
+
+def _take_back(tokens, keep, state, _, feature_map):
+    """The state of a block and all behind it, as faded at its start."""
+    key, value, decay = tokens
+    features = scaling.key_features(feature_map, key, keep)
+    elapsed = tf.cumsum(decay, axis=2)
+    if feature_map.positive:
+        features -= elapsed
+    else:
+        features *= tf.exp(-elapsed)
+    state = _faded(feature_map, state, part(elapsed, 2, -1))
+    return [], _absorb(feature_map, features, value, keep, state), True
 
 
 class _Give(NamedTuple):
@@ -141,7 +182,7 @@ class _Block(NamedTuple):
     attend: Callable
     repeats: int
 
-    def __call__(self, tokens, keep, state, _, feature_map):
+    def __call__(self, tokens, keep, state, future, feature_map):
         query, *tokens = tokens
         sums, state, exact = self.attend(
             feature_map,
@@ -149,16 +190,31 @@ class _Block(NamedTuple):
             *tokens,
             keep=keep,
             state=state,
+            future=future,
             repeats=self.repeats,
         )
         sums = [heads.join_rows(x, self.repeats) for x in sums]
         return sums, [*state], exact
 
 
-def _absorb(feature_map, key, value, keep, state):
+def _exactly(feature_map, repeats):
+    """What runs where a block loses a row to underflow."""
+    if feature_map.positive:
+        return _Block(exact_chunks.attend, repeats)
+    return None
+
+
+def _faded(feature_map, state, decay):
+    """A state after a decay `(batch, heads, 1, 1)`."""
+    maximum, sums = state
+    if feature_map.positive:
+        return maximum - decay[..., 0], sums
+    return maximum, sums * tf.exp(-decay)
+
+
+def _absorb(feature_map, features, value, keep, state):
     """The state after a block of keys, heads first."""
     maximum, sums = state
-    features = scaling.key_features(feature_map, key, keep)
     if feature_map.positive:
         after = scaling.maximum_of(features, maximum)
         sums *= tf.expand_dims(tf.exp(maximum - after), -2)

@@ -22,9 +22,12 @@ def scan(
     results,
     carry=(),
     memory=(),
+    each=(),
     constants=(),
     otherwise=None,
     recall=None,
+    reverse=False,
+    records=False,
 ):
     """Walks `body` over the blocks of all sequences.
 
@@ -39,20 +42,25 @@ def scan(
         results: number of results that are wanted, the first of the body's.
         carry: tensors `(batch, …)` that go into the first block.
         memory: tensors `(batch, …)` that each block sees as they are.
+        each: tensors `(blocks, group, …)`, of which each block sees its own,
+            behind the memory: what `records` of another scan gives.
         constants: a nest, such as a bound feature map, whose tensors all
             sequences share.
         otherwise: as `body`, run in its place where that was not exact.
         recall: `(inputs, start, group, block) -> carry` for a carry that is
             found again in the inputs, so that it need not be kept: from all
             inputs, padded, and what went into the group's first block.
+        reverse: whether the last block of a sequence is its first.
+        records: whether to return what went into each block, not what came out
+            of the last.
 
     Returns:
         The results, a list of `(batch, length, heads, dim)`, and the carry
-        after the last block. A loop of constant size in the graph, whatever
-        the length.
+        after the last block, or with `records` a list of `(blocks, group, …)`.
+        A loop of constant size in the graph, whatever the length.
     """
     leaves = tf.nest.flatten(constants)
-    tensors = [list(inputs), list(carry), list(memory)]
+    tensors = [list(inputs), list(carry), list(memory), list(each)]
     tensors.append([x for x in leaves if tf.is_tensor(x)])
     constants = without_tensors(constants)
     sizes = tuple(map(len, tensors))
@@ -60,11 +68,15 @@ def scan(
 
     @written_gradient
     def walk_blocks(*tensors):
-        inputs, carry, memory, shared = steps.parts(tensors)
+        inputs, carry, memory, each, shared = steps.parts(tensors)
         inputs = [blocks.pad(x) for x in inputs]
         start, memory = (
             [blocks.split_batch(x) for x in part] for part in (carry, memory)
         )
+
+        first, final = 0, blocks.count - 1
+        if reverse:
+            first, final = final, first
 
         def at(group, block, carry):
             """What goes into a block."""
@@ -72,11 +84,12 @@ def scan(
                 *(blocks.pick(x, group, block) for x in inputs),
                 *carry,
                 *(x[group] for x in memory),
+                *(x[group * blocks.count + block] for x in each),
                 *shared,
             ]
 
         def forward(group, block, carry):
-            carry = _restart(block == 0, [x[group] for x in start], carry)
+            carry = _restart(block == first, [x[group] for x in start], carry)
             keep = blocks.keep(group, block)
             outputs, after, exact = steps.forward(keep, at(group, block, carry))
             return [*outputs, *exact, *(() if recall else carry)], after
@@ -87,15 +100,18 @@ def scan(
             [x[0] for x in start],
             results + steps.may_fail + (0 if recall else len(start)),
             len(start),
+            reverse,
         )
         exacts = stacked[results:][: steps.may_fail]
         kept = stacked[results + steps.may_fail :]
 
         def gradient(*upstream):
             of_results = [blocks.pad(x) for x in upstream[:results]]
+            of_records = upstream[results:] if records else []
             # At the last block of a group its sequences' gradients begin.
-            last = [blocks.split_batch(x) for x in upstream[results:]]
-            last += [tf.zeros_like(x) for x in memory]
+            last = [tf.zeros_like(x) for x in [*start, *memory]]
+            if not records:
+                last[: len(start)] = map(blocks.split_batch, upstream[results:])
 
             def backward(group, block, sums):
                 index = group * blocks.count + block
@@ -106,7 +122,7 @@ def scan(
                 else:
                     carry = [x[index] for x in kept]
                 sums[: len(last)] = _restart(
-                    block == blocks.count - 1,
+                    block == final,
                     [x[group] for x in last],
                     sums[: len(last)],
                 )
@@ -121,26 +137,34 @@ def scan(
                 # one function with branches. One block is in no loop, and a
                 # tape may watch it.
                 if blocks.are_one:
-                    return steps.backward(arguments)
-                return shared_trace(_Steps.backward, steps, arguments)
+                    of_block, sums = steps.backward(arguments)
+                else:
+                    of_block, sums = shared_trace(
+                        _Steps.backward, steps, arguments
+                    )
+                for i, of_record in enumerate(of_records):
+                    sums[i] += of_record[index]
+                return of_block, sums
 
             zeros = [*(x[0] for x in last), *shared]
-            of_inputs, of_sequences, sums = _walk(
+            of_blocks, of_sequences, sums = _walk(
                 backward,
                 blocks,
                 [tf.zeros_like(x) for x in zeros],
-                len(inputs),
+                len(inputs) + len(each),
                 len(last),
-                reverse=True,
+                not reverse,
             )
             return [
-                *map(blocks.join, of_inputs),
+                *map(blocks.join, of_blocks[: len(inputs)]),
                 *map(blocks.join_batch, of_sequences),
+                *of_blocks[len(inputs) :],
                 *sums[len(last) :],
             ]
 
         outputs = map(blocks.join, stacked[:results])
-        return [*outputs, *map(blocks.join_batch, after)], gradient
+        after = kept if records else map(blocks.join_batch, after)
+        return [*outputs, *after], gradient
 
     outputs = walk_blocks(*sum(tensors, []))
     return outputs[:results], outputs[results:]
@@ -152,8 +176,8 @@ class _Steps(NamedTuple):
     Attributes:
         body, otherwise, results: as in `scan`.
         constants: as there, with openings in place of tensors.
-        sizes: numbers of inputs, of what is carried, of memories and of the
-            tensors among the constants.
+        sizes: numbers of inputs, of what is carried, of memories, of what each
+            block has, and of the tensors among the constants.
     """
 
     body: Callable
@@ -167,7 +191,7 @@ class _Steps(NamedTuple):
         return self.otherwise is not None
 
     def parts(self, tensors):
-        """Tensors in a row as inputs, carry, memory and constants."""
+        """Tensors in a row as inputs, carry, memory, each and constants."""
         rest = iter(tensors)
         return [[next(rest) for _ in range(size)] for size in self.sizes]
 
@@ -192,11 +216,12 @@ class _Steps(NamedTuple):
         return chosen[: len(outputs)], after, [tf.cast(exact, tf.float32)]
 
     def backward(self, arguments):
-        """Gradients to the inputs, and to all else with what was summed up.
+        """Gradients to what the block alone has, and those that are summed up.
 
         Args:
             arguments: keep, all tensors, exact as `forward` gave it, gradients
-                to the results, and sums of the gradients to all else.
+                to the results, to the carry, and sums of those to memory and
+                constants.
         """
         keep, tensors, exact, of_results, sums = arguments
 
@@ -216,12 +241,13 @@ class _Steps(NamedTuple):
             )
         else:
             gradients = through(self.body)
-        of_inputs, of_carry, *rest = self.parts(gradients)
-        pairs = zip(sums[len(of_carry) :], sum(rest, []), strict=True)
-        return of_inputs, [*of_carry, *(a + b for a, b in pairs)]
+        inputs, carry, memory, each, shared = self.parts(gradients)
+        pairs = zip(sums[len(carry) :], [*memory, *shared], strict=True)
+        return [*inputs, *each], [*carry, *(a + b for a, b in pairs)]
 
     def _run(self, function, keep, tensors):
-        inputs, carry, memory, shared = self.parts(tensors)
+        inputs, carry, memory, each, shared = self.parts(tensors)
+        memory = [*memory, *each]
         rest = iter(shared)
         leaves = tf.nest.flatten(self.constants)
         leaves = [next(rest) if x is OPENING else x for x in leaves]
@@ -230,7 +256,7 @@ class _Steps(NamedTuple):
         return list(outputs[: self.results]), list(after), exact
 
 
-def _walk(body, blocks, carry, results, kept, reverse=False):
+def _walk(body, blocks, carry, results, kept, reverse):
     """Walks all blocks of all groups.
 
     Args:
@@ -240,6 +266,7 @@ def _walk(body, blocks, carry, results, kept, reverse=False):
         results: number of float32 tensors that each block gives.
         kept: number of tensors, the first of the carry, of which each group
             keeps the last.
+        reverse: whether to begin with the last.
 
     Returns:
         The results stacked over blocks, the kept stacked over groups, and the

@@ -1,4 +1,4 @@
-"""Weights that depend on the distance: a window, and fading.
+"""Weights that depend on the distance: a window, and features beyond or none.
 
 Attention to disjoint sets of keys is merged by the logarithms of its
 normalizers: keys of a window by their exact kernel, those before it by features
@@ -75,7 +75,7 @@ def attend(
     far, far_state = walk.past(line, window, far_state)
     if causal:
         return _merge(*near, far), NearFieldState(far_state, *last)
-    return _merge(*near, far, walk.future(line, window, window)), None
+    return _merge(*near, far, walk.future(line, window)), None
 
 
 def sliding(
@@ -149,22 +149,6 @@ def _with_logarithm(sums):
     return output, scaling.absolute_log(normalizer, sums.scale)
 
 
-def fading(query, key, value, feature_map, decay, *, key_mask=None):
-    """`bidirectional` with a decay, for positive features.
-
-    Args:
-        query, key, value, feature_map, key_mask, decay: as in `ops.attend`.
-
-    Returns:
-        Outputs as in `ops.attend`.
-    """
-    # Without a window places do not matter: masked tokens do not fade.
-    tokens = _stream(key, value, decay, key_mask)
-    walk = _Walk(query, None, feature_map, True)
-    past, _ = walk.past(tokens, 0, None)
-    return _merge(past, walk.future(_join(tokens, _before(tokens, 2)), 0, 1))
-
-
 # A line is key, value, decay and keep of tokens in a row, masked ones last, or
 # in their places where there is no order. Query t stands behind as many new
 # tokens as it counts: t + 1, or the visible ones up to it.
@@ -230,19 +214,19 @@ class _Walk(NamedTuple):
             enters = self.order.mask & (entering[3] > 0.0)
             entering = _stream(*entering[:3], enters)
         (output, logarithm), state = self._causal(self.query, entering, state)
-        if distance and self.fades:
+        if self.fades:
             # Keys have faded to where they left the window; this is the rest.
             sums = _moving_sum(line[2], distance)
             logarithm -= self._rows(_slots(sums, self.order, 0, length))
         return (output, logarithm), state
 
-    def future(self, line, first, distance):
+    def future(self, line, distance):
         """Attention to keys at least `distance` tokens after the query.
 
         Args:
-            line: `first` earlier tokens, then the new ones, then `distance` + 1
-                that are not there.
-            first, distance: numbers of tokens.
+            line: `distance` earlier tokens, then the new ones, then
+                `distance` + 1 that are not there.
+            distance: number of tokens.
 
         Returns:
             As `past`, without the state.
@@ -251,7 +235,7 @@ class _Walk(NamedTuple):
         # In reverse order a token is reached by the decay of the one after it.
         key, value, decay, keep = line
         shifted = key, value, part(decay, 1, 1), keep
-        offset = first + distance - 1
+        offset = 2 * distance - 1
         entering = [_slots(x, order, offset, length) for x in shifted]
         if order is not None:
             enters = tf.pad(order.mask[:, 1:], [(0, 0), (0, 1)])
@@ -261,7 +245,7 @@ class _Walk(NamedTuple):
         output, logarithm = (tf.reverse(x, [1]) for x in sums)
         if self.fades:
             sums = _moving_sum(decay, distance)
-            logarithm -= self._rows(_slots(sums, order, first, length))
+            logarithm -= self._rows(_slots(sums, order, distance, length))
         return output, logarithm
 
     def _causal(self, query, entering, state):
