@@ -30,6 +30,15 @@ COMMANDS = {
         "-m benchmarks.attention --no-timings --memory "
         "--lengths 4096 8192 16384 32768 65536 --output results/memory"
     ),
+    "memory of wide heads": (
+        "-m benchmarks.attention --no-timings --memory --tokens 8192 "
+        "--lengths 64 128 256 384 512 1024 --output results/memory_wide"
+    ),
+    "memory of narrow heads": (
+        "-m benchmarks.attention --no-timings --memory --tokens 8192 "
+        "--lengths 64 128 256 384 512 1024 --output results/memory_narrow "
+        "--heads 4 --head-dim 16 --features 32"
+    ),
     "ratios": "-m benchmarks.ratios --repeats 7",
     "generate": (
         "benchmarks/hub_decode.py --positions 100 4096 16384 --tokens 129 "

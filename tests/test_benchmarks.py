@@ -45,7 +45,9 @@ def test_tracing_counts_and_times(flags, tmp_path):
     assert str(tmp_path) not in path.with_suffix(".md").read_text()
 
 
-@pytest.mark.parametrize("name", ["attention", "memory"])
+@pytest.mark.parametrize(
+    "name", ["attention", "memory", "memory_narrow", "memory_wide"]
+)
 def test_tables_of_attention_come_from_the_record(name, tmp_path):
     path = ROOT / "results" / f"{name}.json"
     record = json.loads(path.read_text())
@@ -209,7 +211,7 @@ def test_attention_measures_peaks():
     )
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout.splitlines()[-1])
-    size = 4 * 512 * 2 * 4
+    size = 4 * 4096 * 2 * 4
     # Inputs count, whatever the allocator had kept of the call before.
     assert row["peak"] > 3 * size and row["tensors"] == 8 * size
 

@@ -15,6 +15,7 @@ import keras_kt
 from benchmarks.ratios import tables
 from experiments import distill, records
 from keras_kt.layers import route
+from keras_kt.ops.blocks import CHUNK_SIZE
 from tests.helpers import figures
 from tests.helpers.figures import (
     decode,
@@ -244,6 +245,40 @@ def claims_of_converting():
     yield f"With {more}, a fifth of the teacher's"
 
 
+def multiplications_of_decay(dim=64, width=128):
+    """Of a token both ways, over those without a decay."""
+    frequencies, state = dim * width // 2, width * (dim + 1)
+    within = CHUNK_SIZE * (width + dim + 1)
+    # Keys twice, queries; a state of a block, two of a chunk, and two reads.
+    return (3 * frequencies + 5 * state + within) / (
+        2 * frequencies + 2 * state
+    )
+
+
+def claims_of_small_memory():
+    narrow, wide = (
+        {
+            length: [
+                round(memory(name, length, path=f"memory_{size}.json") / 2**20)
+                for name in ("ours", "softmax")
+            ]
+            for length in (64, 128, 256)
+        }
+        for size in ("narrow", "wide")
+    )
+    yield (
+        f"The core of 4 heads of 16 takes {narrow[256][0]} MiB in a training "
+        f"step at 256 tokens where softmax takes {narrow[256][1]}, and "
+        f"{narrow[64][0]} where it takes {narrow[64][1]} at 64 tokens"
+    )
+    yield (
+        "8 heads of 64 takes "
+        f"{wide[256][0]} of {wide[256][1]} MiB at 256 tokens, "
+        f"{wide[128][0]} of {wide[128][1]} at 128, and {wide[64][0]} where "
+        f"softmax takes {wide[64][1]} at 64"
+    )
+
+
 def claims_of_benchmarks():
     rows = {
         (row["tau"], row["num_features"], row["method"]): float(row["median"])
@@ -327,6 +362,11 @@ def claims_of_benchmarks():
     yield (
         "with narrow heads under XLA, "
         '`implementation="linear"` is faster from 64 tokens on'
+    )
+    yield from claims_of_small_memory()
+    yield (
+        "counted in multiplications it takes "
+        f"{multiplications_of_decay():.1f} times as many as no decay"
     )
     tensors = record("memory.json")["memory"][-1]["tensors"]
     ratios = [

@@ -107,7 +107,7 @@ def main():
     if not args.no_timings:
         timings(args, functools.partial(save, "timings"))
     if args.memory:
-        print("\npeak memory, core, forward + backward, batch 1")
+        print("\npeak memory, core, forward + backward")
         save("memory", memory(args))
     if args.decode:
         save("decode", decode(args))

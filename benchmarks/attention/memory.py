@@ -30,9 +30,10 @@ def memory(args):
             ("ours", "no-XLA"),
             ("ours causal", "XLA"),
             ("ours causal", "no-XLA"),
+            ("softmax", "XLA"),
             ("softmax", "no-XLA"),
         ):
-            if not is_affordable(name, args, 1, length):
+            if not is_affordable(name, args, batch_of(args, length), length):
                 continue
             row = peak(args, name, length, jit)
             rows.append(row)
@@ -46,6 +47,10 @@ def memory(args):
     return rows
 
 
+def batch_of(args, length):
+    return max(1, args.tokens // length)
+
+
 def peak(args, name, length, jit):
     """`peak_of_one` of a process of its own."""
     command = [
@@ -56,6 +61,7 @@ def peak(args, name, length, jit):
         *("--head-dim", str(args.head_dim)),
         *("--features", str(args.features)),
         *("--window", str(args.window)),
+        *("--tokens", str(args.tokens)),
     ]
     output = subprocess.run(
         command,
@@ -72,7 +78,7 @@ def peak(args, name, length, jit):
 def peak_of_one(args, name, length, jit):
     """Child process: resident peak of a later call, over the idle level."""
     function = backward(core_columns(args)[name])
-    inputs = make_inputs(args, "core", 1, length)
+    inputs = make_inputs(args, "core", batch_of(args, length), length)
     compiled = tf.function(function, jit_compile=jit == "XLA")
     wait(compiled(*inputs))
     gc.collect()

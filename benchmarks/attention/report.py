@@ -78,8 +78,9 @@ def tables(record):
         lines += [
             "# Memory",
             "",
-            "Core, forward + backward, batch 1: peak MiB, and over the bytes "
-            "of q, k, v, output and their gradients.",
+            "Core, forward + backward, batch × length = "
+            f"{record['arguments']['tokens']:,}, beyond that batch 1: peak "
+            "MiB, and over the bytes of q, k, v, output and their gradients.",
             "",
             "| column | XLA | length | MiB | ratio |",
             "| --- | --- | --- | --- | --- |",

@@ -135,11 +135,11 @@ def number(value, text="{:,.0f}"):
     return "–" if value is None else text.format(value)
 
 
-def memory(column, length, xla=None):
+def memory(column, length, xla=None, path="memory.json"):
     """Peak bytes of a training step, the better of XLA and not."""
     return min(
         row["peak"]
-        for row in record("memory.json")["memory"]
+        for row in record(path)["memory"]
         if (row["column"], row["length"]) == (column, length)
         and xla in (None, row["xla"])
     )
