@@ -15,7 +15,6 @@ import keras_kt
 from benchmarks.ratios import tables
 from experiments import distill, records
 from keras_kt.layers import route
-from keras_kt.ops.blocks import CHUNK_SIZE
 from tests.helpers import figures
 from tests.helpers.figures import (
     decode,
@@ -245,10 +244,10 @@ def claims_of_converting():
     yield f"With {more}, a fifth of the teacher's"
 
 
-def multiplications_of_decay(dim=64, width=128):
+def multiplications_of_decay(dim=64, width=128, chunk=64):
     """Of a token both ways, over those without a decay."""
     frequencies, state = dim * width // 2, width * (dim + 1)
-    within = CHUNK_SIZE * (width + dim + 1)
+    within = chunk * (width + dim + 1)
     # Keys twice, queries; a state of a block, two of a chunk, and two reads.
     return (3 * frequencies + 5 * state + within) / (
         2 * frequencies + 2 * state
