@@ -110,7 +110,10 @@ def attend(
         rest = join(rest + tf.expand_dims(ends[:, :, -1:] - ends, -2), 1)
         faded = scaling.maximum_of(log_key - rest, maximum - ends[:, :, -1])
         # Where keys below the block's scale were lost, nothing is exact.
-        excess = tf.where(faded > 0.5 * scaling.FLOOR, top - faded, 0.0)
+        excess = top - faded
+        if future:
+            # Where no key was, none was lost.
+            excess = tf.where(faded > 0.5 * scaling.FLOOR, excess, 0.0)
         exact &= tf.reduce_all(excess < scaling.MOST_EXCESS)
         excess = tf.minimum(excess, scaling.MOST_EXCESS)
         after *= tf.expand_dims(tf.exp(excess), -2)

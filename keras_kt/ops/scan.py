@@ -109,9 +109,11 @@ def scan(
             of_results = [blocks.pad(x) for x in upstream[:results]]
             of_records = upstream[results:] if records else []
             # At the last block of a group its sequences' gradients begin.
-            last = [tf.zeros_like(x) for x in [*start, *memory]]
-            if not records:
-                last[: len(start)] = map(blocks.split_batch, upstream[results:])
+            if records:
+                last = [tf.zeros_like(x) for x in start]
+            else:
+                last = [blocks.split_batch(x) for x in upstream[results:]]
+            last += [tf.zeros_like(x) for x in memory]
 
             def backward(group, block, sums):
                 index = group * blocks.count + block
