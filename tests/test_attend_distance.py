@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_kt.ops import chunks, exact_chunks
 from tests.helpers import cases, problems, reference
 from tests.helpers.contract import one_in
 from tests.helpers.problems import ALGORITHMS, BOUND, CAUSAL, attend, decays
@@ -107,3 +108,54 @@ def test_loud_keys_leave_the_past_alone_and_are_forgotten(algorithm, loud):
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     np.testing.assert_allclose(output, weights @ arrays[2], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("repeats", (1, 2))
+@pytest.mark.parametrize("fades, both_ways", [(0, 0), (1, 0), (1, 1)])
+def test_a_block_by_its_exact_form_is_the_fast_one(fades, both_ways, repeats):
+    """Where features are of a range that both can take, gradients too."""
+    rng = np.random.default_rng(0)
+    tokens, width, dim = 2 * chunks.blocks.CHUNK_SIZE, 5, 3
+    shapes = {
+        "query": (2, 3, tokens * repeats, width),
+        "key": (2, 3, tokens, width),
+        "value": (2, 3, tokens, dim),
+        "decay": (2, 3, tokens, 1),
+        "past": (2, 3, dim + 1, width),
+        "future": (2, 3, dim + 1, width),
+    }
+    arrays = {
+        name: tf.constant(rng.random(shape), tf.float32)
+        for name, shape in shapes.items()
+    }
+    maximum = tf.constant(rng.random((2, 3, width)), tf.float32)
+    keep = rng.random((2, 1, tokens, 1)) < 0.8
+    arrays["decay"] *= 0.1 * tf.cast(keep, tf.float32)
+    wanted = [arrays[name] for name in shapes if name != "future" or both_ways]
+    if not fades:
+        wanted.pop(3)
+
+    def answer(attend):
+        with tf.GradientTape() as tape:
+            tape.watch(wanted)
+            sums, (top, after), exact = attend(
+                Identity(),
+                *(arrays[name] for name in ("query", "key", "value")),
+                arrays["decay"] if fades else None,
+                keep=keep,
+                state=(maximum, arrays["past"]),
+                future=(maximum, arrays["future"]) if both_ways else (),
+                repeats=repeats,
+            )
+            output = sums.values[..., :-1] / sums.values[..., -1:]
+            normalizer = tf.math.log(sums.values[..., -1:]) + sums.scale
+            state = after * tf.exp(top[..., tf.newaxis, :])
+            results = output, normalizer, state
+            loss = sum(tf.reduce_sum(tf.square(x)) for x in results)
+        assert exact
+        return *results, *tape.gradient(loss, wanted)
+
+    pairs = zip(answer(chunks.attend), answer(exact_chunks.attend), strict=True)
+    for fast, exact in pairs:
+        atol = 1e-5 * np.abs(exact).max()
+        np.testing.assert_allclose(fast, exact, atol=atol, rtol=0)

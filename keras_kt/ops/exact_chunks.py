@@ -65,9 +65,7 @@ def attend(
             *(tf.reverse(x, [2]) for x in (key - elapsed, value)),
             tf.cumsum(totals, axis=2),
         )
-        later = (
-            query - repeat_rows(elapsed[..., -1:, :], repeats, axis=3) + rows
-        )
+        later = query - (elapsed[..., -1:, :] - rows)
         later += tf.reverse(tops[:, :, :-1, tf.newaxis], [2])
         read.append((later, tf.reverse(part(states, 2, 0, -1), [2])))
         visible = np.ones_like(visible)
