@@ -32,11 +32,12 @@ COMMANDS = {
     ),
     "memory of wide heads": (
         "-m benchmarks.attention --no-timings --memory --tokens 8192 "
-        "--lengths 64 128 256 384 512 1024 --output results/memory_wide"
+        "--lengths 64 128 256 384 512 1024 --output results/memory_wide/memory"
     ),
     "memory of narrow heads": (
         "-m benchmarks.attention --no-timings --memory --tokens 8192 "
-        "--lengths 64 128 256 384 512 1024 --output results/memory_narrow "
+        "--lengths 64 128 256 384 512 1024 "
+        "--output results/memory_narrow/memory "
         "--heads 4 --head-dim 16 --features 32"
     ),
     "ratios": "-m benchmarks.ratios --repeats 7",

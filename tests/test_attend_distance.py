@@ -115,7 +115,7 @@ def test_loud_keys_leave_the_past_alone_and_are_forgotten(algorithm, loud):
 def test_a_block_by_its_exact_form_is_the_fast_one(fades, both_ways, repeats):
     """Where features are of a range that both can take, gradients too."""
     rng = np.random.default_rng(0)
-    tokens, width, dim = 2 * chunks.blocks.CHUNK_SIZE, 5, 3
+    tokens, width, dim = 64, 5, 3
     shapes = {
         "query": (2, 3, tokens * repeats, width),
         "key": (2, 3, tokens, width),

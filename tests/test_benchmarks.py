@@ -46,15 +46,16 @@ def test_tracing_counts_and_times(flags, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["attention", "memory", "memory_narrow", "memory_wide"]
+    "name",
+    ["attention", "memory", "memory_narrow/memory", "memory_wide/memory"],
 )
 def test_tables_of_attention_come_from_the_record(name, tmp_path):
     path = ROOT / "results" / f"{name}.json"
     record = json.loads(path.read_text())
     assert report.dumps(record) == path.read_text()
     assert report.tables(record) == path.with_suffix(".md").read_text()
-    report.draw(record, tmp_path / name)
-    assert (tmp_path / f"{name}.png").stat().st_size > 0
+    report.draw(record, tmp_path / path.name)
+    assert (tmp_path / f"{path.stem}.png").stat().st_size > 0
 
 
 def test_slow_columns_stop_early_and_others_do_not():

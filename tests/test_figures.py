@@ -258,7 +258,10 @@ def claims_of_small_memory():
     narrow, wide = (
         {
             length: [
-                round(memory(name, length, path=f"memory_{size}.json") / 2**20)
+                round(
+                    memory(name, length, path=f"memory_{size}/memory.json")
+                    / 2**20
+                )
                 for name in ("ours", "softmax")
             ]
             for length in (64, 128, 256)
