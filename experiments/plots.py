@@ -92,7 +92,7 @@ def draw_scores(tasks):
                     markersize=5,
                 )
         first = systems[places[0]][0]
-        panel.set_title(textwrap.fill(title(first), 30))
+        panel.set_title(textwrap.fill(title(first), 26))
         panel.set_xlabel(f"test {first['metric']}")
         names = [
             name.replace("-num-features-", ", ").replace("-qk-norm-", ", ")
