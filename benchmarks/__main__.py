@@ -56,6 +56,7 @@ COMMANDS = {
         'benchmarks/tracing.py --rows causal "causal MultiHeadAttention" '
         "--output results/tracing_seconds"
     ),
+    "import": "benchmarks/imports.py --output results/imports/imports.json",
     "picture": "-m benchmarks.overview",
 }
 

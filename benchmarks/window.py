@@ -95,7 +95,7 @@ def rows_of(args, length):
         yield {**row, "ratio": round(window / causal, 2)}
     for jit in () if args.no_memory else ("no-XLA", "XLA"):
         causal, window = (
-            peak(args, name, length, jit)["peak"] / 2**20 for name in columns
+            peak(args, name, 1, length, jit)["peak"] / 2**20 for name in columns
         )
         row = {"tokens": length, "mode": "peak", "XLA": jit == "XLA"}
         row |= {"causal MiB": round(causal), "window MiB": round(window)}

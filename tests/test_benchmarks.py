@@ -207,7 +207,7 @@ def test_generation_is_timed_whole_and_by_token(tmp_path):
 @pytest.mark.slow
 def test_attention_measures_peaks():
     done = command(
-        *("-m", "benchmarks.attention", "--peak", "softmax", 512, "no-XLA"),
+        *("-m", "benchmarks.attention", "--peak", "softmax", 8, 512, "no-XLA"),
         *"--heads 2 --head-dim 4 --features 8".split(),
     )
     assert done.returncode == 0, done.stderr
@@ -229,6 +229,17 @@ def test_window_compares_time_and_memory(tmp_path):
     rows = json.loads(path.read_text())["rows"]
     assert [row["tokens"] for row in rows] == 6 * [64]
     assert all(row["ratio"] > 0 for row in rows)
+
+
+def test_imports_are_measured_in_processes_of_their_own(tmp_path):
+    path = tmp_path / "imports.json"
+    done = command("benchmarks/imports.py", "--repeats", 1, "--output", path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text())
+    (run,) = record["runs"]
+    assert run == record["median"]
+    # The package is the small part, and measured: it is not zero.
+    assert 0 < run["added CPU s"] < run["keras CPU s"]
 
 
 def test_errors_of_approximations_are_one_a_row(tmp_path):

@@ -424,6 +424,14 @@ def claims_of_benchmarks():
         "takes {fit:.1f} times as long as softmax's, {built:.1f} with the "
         "optimizer built; the step alone {first:.1f}."
     ).format(**{kind: seconds / theirs[kind] for kind, seconds in ours.items()})
+    imports = record("imports/imports.json")
+    median = imports["median"]
+    yield (
+        f"adds {median['added s']:.2f} s and {median['added MiB']:.1f} MiB to "
+        "`import keras` on TensorFlow, which takes "
+        f"{median['keras s']:.1f} s, medians of {len(imports['runs'])} "
+        "processes"
+    )
 
 
 def first_fits():

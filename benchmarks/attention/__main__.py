@@ -58,7 +58,7 @@ def parse_args():
         "--output", default="results/attention", help="to write, without suffix"
     )
     add("--plot", type=Path, help="draw this JSON again, measure nothing")
-    add("--peak", nargs=3, help=argparse.SUPPRESS)
+    add("--peak", nargs=4, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -79,8 +79,8 @@ from benchmarks.attention.timing import timings
 def main():
     args = parse_args()
     if args.peak:
-        name, length, jit = args.peak
-        return peak_of_one(args, name, int(length), jit)
+        name, batch, length, jit = args.peak
+        return peak_of_one(args, name, int(batch), int(length), jit)
     if args.plot:
         return report.draw(json.loads(args.plot.read_text()), args.plot)
     print("Checking that columns agree …", flush=True)

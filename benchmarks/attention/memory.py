@@ -33,9 +33,10 @@ def memory(args):
             ("softmax", "XLA"),
             ("softmax", "no-XLA"),
         ):
-            if not is_affordable(name, args, batch_of(args, length), length):
+            batch = max(1, args.tokens // length)
+            if not is_affordable(name, args, batch, length):
                 continue
-            row = peak(args, name, length, jit)
+            row = peak(args, name, batch, length, jit)
             rows.append(row)
             print(
                 f"  {name:12s} {jit:6s} {length:7d} tokens: peak "
@@ -47,21 +48,16 @@ def memory(args):
     return rows
 
 
-def batch_of(args, length):
-    return max(1, args.tokens // length)
-
-
-def peak(args, name, length, jit):
+def peak(args, name, batch, length, jit):
     """`peak_of_one` of a process of its own."""
     command = [
         sys.executable,
         *("-m", "benchmarks.attention"),
-        *("--peak", name, str(length), jit),
+        *("--peak", name, str(batch), str(length), jit),
         *("--heads", str(args.heads)),
         *("--head-dim", str(args.head_dim)),
         *("--features", str(args.features)),
         *("--window", str(args.window)),
-        *("--tokens", str(args.tokens)),
     ]
     output = subprocess.run(
         command,
@@ -75,10 +71,10 @@ def peak(args, name, length, jit):
     return json.loads(output.splitlines()[-1])
 
 
-def peak_of_one(args, name, length, jit):
+def peak_of_one(args, name, batch, length, jit):
     """Child process: resident peak of a later call, over the idle level."""
     function = backward(core_columns(args)[name])
-    inputs = make_inputs(args, "core", batch_of(args, length), length)
+    inputs = make_inputs(args, "core", batch, length)
     compiled = tf.function(function, jit_compile=jit == "XLA")
     wait(compiled(*inputs))
     gc.collect()
