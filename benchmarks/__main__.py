@@ -1,7 +1,7 @@
 """Measures what docs/benchmarks.md says, and fills its tables.
 
 One benchmark after another, each a process of its own, since they must not
-disturb one another; well over an hour on two quiet cores. `attention` checks
+disturb one another; two hours on two quiet cores. `attention` checks
 agreement first; it and `ratios` write no table whose times spread.
 
     python -m benchmarks --model-garden tf_models_official-*.whl

@@ -45,7 +45,7 @@ def draw(results):
     )
     layer = [row for row in timings if row["level"] == "layer"]
     for panel, draw_one, measured, place in (
-        (time, report.draw_times, layer, (0.45, 0.28)),
+        (time, report.draw_times, layer, (0.36, 0.28)),
         (peak, report.draw_memory, memory, "upper right"),
     ):
         draw_one(panel, measured, "softmax").set_label("softmax attention")
