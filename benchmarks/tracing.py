@@ -2,7 +2,8 @@
 
 Operations of the graph, all function bodies counted, are exact; seconds are
 those of this machine, so run them on a quiet one. Every row starts in a process
-of its own, where nothing is traced or cached yet.
+of its own, where nothing is traced or cached yet; two more fill the cache that
+XLA keeps on disk, and compile from it.
 
     python benchmarks/tracing.py                # counts and seconds
     python benchmarks/tracing.py --counts-only  # on a busy machine
@@ -15,6 +16,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -64,6 +66,7 @@ def parse_args():
     add("--counts-only", action="store_true", help="no seconds")
     add("--output", default="results/tracing", help="of .json and .md")
     add("--one", nargs=2, help=argparse.SUPPRESS)
+    add("--compile-only", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -81,6 +84,7 @@ COLUMNS = {
     "trace": "trace, s",
     "first": "first step, s",
     "compile": "compile by XLA, s",
+    "cached": "from its cache, s",
     "fit": "first `fit`, s",
     "built": "its optimizer built, s",
 }
@@ -136,6 +140,8 @@ def measure(args, name, blocks):
     batch = tf.random.normal(
         (args.batch, args.length, args.heads * args.head_dim)
     )
+    if args.compile_only:
+        return {"compile": first_compiled(network, batch)}
     step = step_of(network, False)
     spec = (
         tf.TensorSpec((None, None, batch.shape[2])) if args.dynamic else batch
@@ -148,11 +154,17 @@ def measure(args, name, blocks):
     # With the trace, as a user waits for it.
     _, first = timed(lambda: concrete(batch)[0].numpy())
     row["first"] = {key: first[key] + trace[key] for key in first}
-    compiled = step_of(network, True)
-    _, row["compile"] = timed(lambda: compiled(batch)[0].numpy())
+    row["compile"] = first_compiled(network, batch)
     row["fit"] = first_fit(args, name, blocks, batch, is_built=False)
     row["built"] = first_fit(args, name, blocks, batch, is_built=True)
     return row
+
+
+def first_compiled(network, batch):
+    """Seconds to trace, compile and run one step."""
+    compiled = step_of(network, True)
+    _, seconds = timed(lambda: compiled(batch)[0].numpy())
+    return seconds
 
 
 def first_fit(args, name, blocks, batch, is_built):
@@ -191,10 +203,12 @@ def table(record):
     return "\n".join(lines) + "\n"
 
 
-def in_own_process(name, blocks):
+def in_own_process(name, blocks, *flags, **environment):
     """A row, measured where nothing else was traced."""
+    one = "--one", name, str(blocks), *flags
     done = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], "--one", name, str(blocks)],
+        [sys.executable, __file__, *sys.argv[1:], *one],
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -202,12 +216,26 @@ def in_own_process(name, blocks):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def from_cache(name, blocks):
+    """Seconds to compile a step that an earlier process compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = (
+            os.environ.get("TF_XLA_FLAGS", ""),
+            f"--tf_xla_persistent_cache_directory={folder}",
+        )
+        for _ in range(2):
+            row = in_own_process(
+                name, blocks, "--compile-only", TF_XLA_FLAGS=" ".join(flags)
+            )
+    return row["compile"]
+
+
 def main():
     args = parse_args()
     if args.one:
         print(json.dumps(measure(args, args.one[0], int(args.one[1]))))
         return
-    elsewhere = "one", "output"
+    elsewhere = "compile_only", "one", "output"
     record = {
         "arguments": {
             k: v for k, v in vars(args).items() if k not in elsewhere
@@ -222,7 +250,10 @@ def main():
     pairs = [(name, n) for n in args.blocks for name in args.rows]
     for index, (name, blocks) in enumerate(pairs, 1):
         print(f"{name}, {blocks} blocks …", flush=True)
-        record["rows"].append(in_own_process(name, blocks))
+        row = in_own_process(name, blocks)
+        if not args.counts_only:
+            row["cached"] = from_cache(name, blocks)
+        record["rows"].append(row)
         print(f"{index}/{len(pairs)} {json.dumps(record['rows'][-1])}")
         # Kept as it grows: a run takes minutes.
         text = json.dumps(record, indent=1) + "\n"
