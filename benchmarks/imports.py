@@ -42,7 +42,10 @@ def parse_args():
     add = parser.add_argument
     add("--repeats", type=int, default=9, help="processes")
     add("--output", type=Path, help="a JSON file for the record")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f"--repeats must be at least 1. Received: {args.repeats}")
+    return args
 
 
 def main():
