@@ -4,7 +4,7 @@ Each repeat is a process of its own, which imports Keras on TensorFlow, then the
 package: the second import is what the package adds.
 
     python benchmarks/imports.py
-    python benchmarks/imports.py --repeats 15 --output results/imports.json
+    python benchmarks/imports.py --repeats 15 --output runs/imports.json
 """
 
 import argparse
@@ -64,6 +64,7 @@ def main():
     }
     print(json.dumps(record["median"], indent=1))
     if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(record) + "\n")
 
 

@@ -227,6 +227,8 @@ def from_cache(name, blocks):
             row = in_own_process(
                 name, blocks, "--compile-only", TF_XLA_FLAGS=" ".join(flags)
             )
+            if not any(Path(folder).iterdir()):
+                sys.exit("TensorFlow has kept nothing of what XLA compiled.")
     return row["compile"]
 
 

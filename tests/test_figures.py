@@ -32,10 +32,8 @@ from tests.helpers.pages import PAGES
 PAPER = ("GMM", "FastFood", "Generator")
 # Read here, since tests set them to 0.
 SHORT = route.SHORT_LENGTH, route.SHORT_CAUSAL_LENGTH
-MENDED = [f"mended:{name}-{kind}" for name in PAPER for kind in ("RKS", "PRF")]
-
-
 TIMES_OF_FIRST_STEPS = "trace", "first", "compile", "cached", "fit", "built"
+MENDED = [f"mended:{name}-{kind}" for name in PAPER for kind in ("RKS", "PRF")]
 
 
 def layer_times(length):
@@ -138,7 +136,7 @@ def claims_of_limits():
         f"it is {narrow[0]} and {narrow[1]} times, causal {narrow_causal[0]} "
         f"and {narrow_causal[1]}"
     )
-    ours, theirs = first_fits()
+    ours, theirs = first_steps()
     ratios = [f"{ours[kind] / theirs[kind]:.1f}" for kind in ("fit", "built")]
     yield (
         f"The first `fit` of four causal blocks takes {ratios[0]} times as "
@@ -420,7 +418,7 @@ def claims_of_benchmarks():
             f"| {row['row']} | {row['blocks']} | {row['operations']:,} "
             f"| {' | '.join(times)} |"
         )
-    ours, theirs = first_fits()
+    ours, theirs = first_steps()
     for row in ours, theirs:
         yield f"from {row['fit']:.1f} s to {row['built']:.1f} of"
     yield (
@@ -441,7 +439,7 @@ def claims_of_benchmarks():
     )
 
 
-def first_fits():
+def first_steps():
     """Seconds of four causal blocks, of ours and of softmax."""
     return (
         {kind: row[kind]["wall"] for kind in TIMES_OF_FIRST_STEPS}
