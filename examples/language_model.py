@@ -100,7 +100,7 @@ class ByteModel(keras.Model):
                 activation="gelu",
                 normalize_first=True,
                 local_context=5,
-                decay="constant",
+                decay="gated",
             )
             for _ in range(BLOCKS)
         ]

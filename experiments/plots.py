@@ -1,6 +1,7 @@
 """Pictures of a study: scores, curves, kernels, and accuracy against sizes."""
 
 import textwrap
+from collections import Counter
 
 import numpy as np
 
@@ -119,7 +120,17 @@ def draw_curves(tasks, folder):
     figure, panels = _grid(tasks, 2, [2.5])
     step, validation = map(records.POINT.index, ("step", "validation"))
     for panel, systems in zip(panels, tasks.values(), strict=True):
+        alike = Counter()
         for attention, runs in sorted(systems.items()):
+            style = styles.of(attention)
+            look = tuple(style.values())
+            if alike[look]:
+                # Only flags or sizes differ: the color would not tell.
+                style |= {
+                    "alpha": 0.6 ** alike[look],
+                    "markerfacecolor": "none",
+                }
+            alike[look] += 1
             for index, row in enumerate(runs):
                 curve = records.read_arrays(folder, row)["curve"].T
                 panel.plot(
@@ -127,7 +138,7 @@ def draw_curves(tasks, folder):
                     curve[validation],
                     label=attention if index == 0 else None,
                     markersize=3,
-                    **styles.of(attention),
+                    **style,
                 )
         first = next(iter(systems.values()))[0]
         panel.set_title(textwrap.fill(title(first), 40))

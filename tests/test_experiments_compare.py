@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import overview
 from benchmarks.attention import report
-from experiments import tasks
+from experiments import records, tasks
 from tests.helpers import figures
 from tests.helpers.scripts import ROOT, experiment, script
 from tests.helpers.studies import rows
@@ -216,6 +216,28 @@ def test_scores_are_drawn_best_first_with_their_draws():
     (panel,) = plots.draw_scores(tasks).axes
     names = [text.get_text() for text in panel.get_yticklabels()]
     assert names == ["softmax", "Performer"]
+    pyplot.close("all")
+
+
+def test_curves_that_differ_in_flags_alone_look_different(tmp_path):
+    """Three runs of one attention had one color and one mark."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    plots = script("plots")
+    systems = {}
+    for sizes in ("", "--dropout 0.1", "--hidden 512"):
+        row = dict.fromkeys(records.KEYS, "0") | {
+            "attention": "normal:positive",
+            "sizes": sizes,
+            "title": "a task",
+            "metric": "accuracy",
+            "stride": "1",
+        }
+        points = [[1.0, 2.0, 0.5, 1.0], [2.0, 1.0, 0.6, 2.0]]
+        records.write(tmp_path, [row], {"curve": np.array(points)})
+        systems[f"normal-positive{sizes}"] = [row]
+    (panel,) = plots.draw_curves({"task": systems}, tmp_path).axes
+    looks = {(line.get_alpha(), line.get_linestyle()) for line in panel.lines}
+    assert len(panel.lines) == len(looks) == 3
     pyplot.close("all")
 
 

@@ -24,6 +24,7 @@ from tests.helpers.figures import (
     number,
     of_token,
     record,
+    runs,
     stage,
     table,
 )
@@ -96,6 +97,23 @@ def claims_of_readme():
         "kernel of Performer, a well-known linear attention, has "
         f"{look_up('fixed:positive', 32):.2f} with heads of 32. Softmax has "
         f"{mean('sparsity', 'softmax', key_dim=32):.2f} with heads of 32"
+    )
+    gated = "--num-features 128 --decay gated"
+    forgetting = mean("learned", "fixed:positive", gated, task="language")
+    softmax = runs("learned", "softmax", task="language")
+    assert {(row["steps"], len(softmax)) for row in softmax} == {("800", 3)}
+    yield (
+        f'with `decay="gated"`, has {forgetting:.3f} bits per byte after 800 '
+        "steps, and the same with softmax "
+        f"{mean('learned', 'softmax', task='language'):.3f}"
+    )
+    (longest,) = runs(
+        "long", "normal:positive", "--decay gated", sizes="--hidden 512"
+    )
+    yield (
+        f"after {int(longest['steps']):,} steps, "
+        f"{float(longest['seconds']) / 60:.0f} minutes of one thread, a wider "
+        f"one has {float(longest['score']):.3f}"
     )
     before, _, _ = stage("classifier", "softmax")
     after, _, seconds = stage("classifier", "calibrated")
