@@ -768,6 +768,12 @@ OTHERS = [
     "in the sweep's 1,000 steps without them",
     "the first 1,000 of ListOps's 2,000 test trees",
     "all 25,000 reviews",
+    "gained most in heads of 2 to 8",
+    "(of 512 bytes, two runs beside each other",
+    "the learned sum of 5 tokens",
+    "### Texts of 4,000 bytes",
+    "(1,000 tokens after its stem), 800 steps, one seed",
+    "curves of texts of 4,000 bytes",
     "its 1,200 steps end while the loss still falls",
     "one token among 256, at density 1 an average",
 ]
