@@ -189,7 +189,7 @@ def draw_kernels(tasks, folder):
         left.plot(DISTANCES, after.T, color=color, linewidth=1.2)
         right.plot(DISTANCES, (after - before).T, color=color, linewidth=1.2)
         right.axhline(0.0, color="k", linewidth=0.8)
-        left.set_title(name)
+        left.set_title(textwrap.fill(name, 25))
         words = f"change, {row['attention']} {row['flags']}".split("--num")[0]
         right.set_title(textwrap.fill(words, 25))
         for panel in (left, right):

@@ -111,7 +111,7 @@ def claims_of_readme():
         "long", "normal:positive", "--decay gated", sizes="--hidden 512"
     )
     yield (
-        f"after {int(longest['steps']):,} steps, "
+        f"After {int(longest['steps']):,} steps, "
         f"{float(longest['seconds']) / 60:.0f} minutes of one thread, a wider "
         f"one has {float(longest['score']):.3f}"
     )

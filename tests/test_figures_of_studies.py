@@ -256,7 +256,7 @@ WEIGHTED = f"{D} --qk-norm weighted"
 OF_WEIGHTED = (("lengths", "listops"), ("tasks", "image"))
 
 
-def weighted_gain(study, task, first, second):
+def task_gain(study, task, first, second):
     """What one attention, with its flags, gains over another in a task."""
     rows = [
         row for row in figures.table(f"{study}/runs.csv") if row["task"] == task
@@ -284,7 +284,7 @@ def claims_of_weighted_keys():
     )
     of_norms, of_softmax, of_law = (
         [
-            points(weighted_gain(study, task, learned, second))
+            points(task_gain(study, task, learned, second))
             for study, task in OF_WEIGHTED
         ]
         for second in (f"normal:trigonometric {D}", "softmax", fixed)
@@ -321,16 +321,6 @@ def claims_of_weighted_keys():
 GATED = f"{D} --decay gated"
 
 
-def learned_gain(task, first, second):
-    """What one attention gains over another where one machine ran all."""
-    rows = [
-        row for row in figures.table("learned/runs.csv") if row["task"] == task
-    ]
-    (found,) = compare.differences(rows, first, second)
-    assert found.seeds == 3
-    return found
-
-
 def bits(gain):
     """A difference of bits per byte, as pages write it: less is better."""
     return f"{-gain.gain:+.3f} ± {gain.error:.3f}".replace("-", "−")
@@ -346,21 +336,24 @@ def claims_of_points_and_forgetting():
         yield f"| {prior}, positive | {' | '.join(cells)} |"
     yield (f"| softmax | | {mean('learned', 'softmax', task='language'):.3f} |")
     of_law = [
-        learned_gain(task, f"empirical:positive {x}", f"fixed:positive {x}")
+        task_gain(
+            "learned", task, f"empirical:positive {x}", f"fixed:positive {x}"
+        )
         for task, x in tasks.items()
     ]
+    assert {gain.seeds for gain in of_law} == {3}
     yield (
         f"Learned points give {points(of_law[0])} points on 16S and "
         f"{bits(of_law[1])} bits per byte"
     )
     fixed, learned = (
-        learned_gain("language", f"{prior}:positive {GATED}", "softmax")
+        task_gain("learned", "language", f"{prior}:positive {GATED}", "softmax")
         for prior in ("fixed", "empirical")
     )
     softmax, of_fixed, of_learned = (
         {
             column: mean("learned", name, flags, column, task="language")
-            for column in ("score", COST[0])
+            for column in ("score", *COST)
         }
         for name, flags in (
             ("softmax", ""),
@@ -368,12 +361,16 @@ def claims_of_points_and_forgetting():
             ("empirical:positive", GATED),
         )
     )
-    ratios = [x[COST[0]] / softmax[COST[0]] for x in (of_fixed, of_learned)]
+    times, memory = (
+        [f"{x[cost] / softmax[cost]:.2f}" for x in (of_fixed, of_learned)]
+        for cost in COST
+    )
     yield (
         f"with a fixed law forgetting has {bits(fixed)} bits from softmax, "
         f"with learned points {bits(learned)}, in steps that took "
-        f"{ratios[0]:.2f} and {ratios[1]:.2f} times as long as softmax's"
+        f"{times[0]} and {times[1]} times as long as softmax's"
     )
+    yield f"so roughly) and {memory[0]} and {memory[1]} times the memory"
     yield (
         f"of D = 128, {of_fixed['score']:.3f} bits per byte with a fixed law "
         f"and {of_learned['score']:.3f} with points where softmax has "
@@ -415,7 +412,7 @@ def claims_of_sequences():
     yield "`cpu` presets, D = 128, three seeds"
 
     def gain(task, first, second):
-        return points(weighted_gain("tasks", task, first, second))
+        return points(task_gain("tasks", task, first, second))
 
     positive, weighted = f"positive {D}", f"trigonometric {WEIGHTED}"
     of_law = [
